@@ -1,0 +1,109 @@
+"""From final latents to images, by the pipeline's own tail.
+
+The stock `__call__` is run for one step with its denoiser hollowed out and its scheduler handing back the given latents:
+what remains is what the pipeline does after its loop. `__call__` is only decorated with `no_grad`, so the undecorated
+function carries gradients.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ddpo.tracing import hollowed, replaced
+
+
+class Decoder:
+    """Decodes latents; also keeps the text encoders and the VAE off the device while they are idle.
+
+    Attributes:
+        pipeline: The stock pipeline.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoiser: nn.Module,
+        arguments: Mapping[str, object],
+        *,
+        device: torch.device,
+        offload: bool,
+    ) -> None:
+        """Wraps a pipeline.
+
+        Args:
+            pipeline: The stock pipeline.
+            denoiser: Its denoiser.
+            arguments: Of `pipeline.__call__` besides the prompts and the number of steps, such as height and width.
+            device: Where it runs.
+            offload: Whether everything but the denoiser rests on the CPU.
+        """
+        self.pipeline = pipeline
+        self._denoiser = denoiser
+        self._arguments = dict(arguments)
+        self._device = device
+        self._offload = offload
+        self._encoded: dict[int, object] = {}
+
+    def __call__(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
+        """Images of final latents.
+
+        Args:
+            latents: (B, *latent) in the sampler's (possibly packed) layout.
+            with_gradient: Whether to record the graph from images to latents.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+        """
+        batch = latents.shape[0]
+        vae = self.pipeline.components.get("vae")
+        latents = latents if vae is None else latents.to(vae.dtype)
+        pipeline = self.pipeline
+        run = type(pipeline).__call__.__wrapped__ if with_gradient else type(pipeline).__call__  # type: ignore[attr-defined]
+
+        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> tuple[Tensor]:
+            return (latents,)
+
+        with ExitStack() as stack:
+            stack.enter_context(self.auxiliaries())
+            stack.enter_context(hollowed(self._denoiser))
+            stack.enter_context(replaced(pipeline.scheduler, "step", step))
+            if hasattr(pipeline, "encode_prompt"):
+                stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
+            images = run(
+                pipeline, prompt=[""] * batch, num_inference_steps=1, guidance_scale=1.0, output_type="pt",
+                return_dict=False, **self._arguments,
+            )[0]  # fmt: skip
+        return images.float()
+
+    def _encode_prompt(self, prompt: list[str], *arguments: object, **options: object) -> object:
+        """The encoding of empty prompts, computed once per batch size: the tail does not depend on it."""
+        if len(prompt) not in self._encoded:
+            with torch.no_grad():
+                encode = type(self.pipeline).encode_prompt
+                self._encoded[len(prompt)] = encode(self.pipeline, prompt, *arguments, **options)
+        return self._encoded[len(prompt)]
+
+    @contextmanager
+    def auxiliaries(self) -> Iterator[None]:
+        """Text encoders and VAE on the device, for the time of a `with` block."""
+        if not self._offload:
+            yield
+            return
+        self._move(self._device)
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        """Moves text encoders and VAE to where they idle."""
+        if self._offload:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not self._denoiser:
+                component.to(device)

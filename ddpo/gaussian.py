@@ -1,0 +1,47 @@
+"""The Gaussian of one denoising step: its sample, log-density and KL divergence.
+
+Every stochastic sampler of a diffusion model moves from x_k to x_{k+1} ~ N(mean, std^2 I), so that a denoising step is
+an action of a policy with a density. B is the batch, D the number of latent dimensions (the product of `latent`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """A batch of Gaussians with one standard deviation for all dimensions of a sample.
+
+    Attributes:
+        mean: (B, *latent).
+        std: Broadcastable to `mean` with one value per sample, i.e. a scalar or (B, 1, ..., 1).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """`mean + std * noise`, with standard normal noise of shape (B, *latent)."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of `x`, (B,), in nats, summed over the latent dimensions. Valid only where std > 0.
+
+        log N(x; mean, std^2 I) = -||x - mean||^2 / (2 std^2) - D log(std) - D/2 log(2 pi)
+        """
+        dims = self.mean[0].numel()
+        squared = ((x - self.mean) / self.std).flatten(1).square().sum(1)
+        return -0.5 * squared - dims * (self._row_std().log() + 0.5 * math.log(2 * math.pi))
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """KL(self || other), (B,), in nats. Valid only where both share std > 0, as a policy and its reference do.
+
+        KL = ||mean - mean_other||^2 / (2 std^2)
+        """
+        return 0.5 * ((self.mean - other.mean) / self.std).flatten(1).square().sum(1)
+
+    def _row_std(self) -> Tensor:
+        return torch.as_tensor(self.std).expand(self.mean.shape[0], *[1] * (self.mean.ndim - 1)).flatten()

@@ -1,0 +1,50 @@
+"""Finds and loads a pretrained pipeline, with errors that say what is missing."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+SHAPES = Path(__file__).parent / "assets" / "shapes"
+
+
+def load_pipeline(
+    path: str | Path, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained` without a safety checker, which would blacken images before they are scored.
+
+    Args:
+        path: A folder, a Hugging Face hub id, or `shapes`.
+        dtype: Of the weights.
+        revision: Of the hub repository.
+        variant: Of the weight files, such as `fp16`.
+
+    Raises:
+        FileNotFoundError: Neither a pipeline folder nor a hub model that can be reached.
+    """
+    folder = SHAPES if str(path) == "shapes" else Path(path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"model.path {str(folder)!r} is a folder without model_index.json; "
+                "give a folder written by a diffusers pipeline's save_pretrained"
+            )
+    elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        raise FileNotFoundError(
+            f"model.path {str(path)!r} is neither a folder nor a hub id of the form owner/name; 'shapes' ships with ddpo"
+        )
+    source = str(folder) if folder.is_dir() else str(path)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=folder.is_dir()
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"model.path {source!r} could not be loaded: {_first_line(error)}") from error
+    if pipeline.components.get("safety_checker") is not None:
+        pipeline.register_modules(safety_checker=None)
+        pipeline.register_to_config(requires_safety_checker=False)
+    return pipeline
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

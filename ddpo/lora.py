@@ -1,0 +1,165 @@
+"""What is trained: a LoRA adapter by peft, or every weight; and how to step back to the pretrained model.
+
+LoRA (Hu et al., arXiv:2106.09685) adds (alpha / rank) B @ A to chosen layers. Switching it off gives the pretrained model
+from the same weights, so a reference for the KL costs no second copy. Adapter weights are float32 whatever the base.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import peft
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ddpo.validation import check
+
+ADAPTER = "default"
+ATTENTION_PROJECTIONS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train a low-rank adapter (Hu et al., arXiv:2106.09685); the pretrained weights stay as they are.
+
+    Attributes:
+        rank: Rank r of each update B @ A.
+        alpha: Scale; the update is (alpha / rank) B @ A. None takes `rank`, i.e. a scale of 1.
+        target_modules: Suffixes of the linear or convolution layers to adapt; None takes the attention projections.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "rank", self.rank, "at least 1")
+        check(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """Train every weight of the denoiser; the pretrained ones are kept as a second copy for the KL."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["full"] = "full"
+
+
+AdapterConfig = LoraConfig | FullConfig
+
+
+def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None:
+    """Makes the configured weights of `denoiser` trainable, in float32, and freezes the rest.
+
+    Args:
+        denoiser: The pretrained network; changed in place.
+        config: LoRA or full fine-tuning.
+        seed: Of the adapter's random initialisation (A; B starts at 0, so the model is unchanged).
+
+    Raises:
+        ValueError: No layer of the denoiser matches `target_modules`.
+    """
+    if isinstance(config, FullConfig):
+        denoiser.float().requires_grad_(True)
+        return
+    denoiser.requires_grad_(False)
+    targets = config.target_modules or default_targets(denoiser)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settings = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha or config.rank,
+            target_modules=list(targets),
+            init_lora_weights="gaussian",
+        )
+        try:
+            peft.inject_adapter_in_model(settings, denoiser, adapter_name=ADAPTER)
+        except ValueError as error:
+            layers = sorted({name.rsplit(".", 1)[-1] for name, layer in denoiser.named_modules() if _adaptable(layer)})
+            raise ValueError(
+                f"adapter.target_modules {tuple(targets)} match no layer of {type(denoiser).__name__}; "
+                f"its adaptable layers are called {', '.join(layers)}"
+            ) from error
+    denoiser._hf_peft_config_loaded = True  # what diffusers' own add_adapter sets; its loaders look at it
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def default_targets(denoiser: nn.Module) -> tuple[str, ...]:
+    """The attention projections that this denoiser has, as suffixes of layer names."""
+    names = [name for name, layer in denoiser.named_modules() if _adaptable(layer)]
+    found = tuple(suffix for suffix in ATTENTION_PROJECTIONS if any(name.endswith("." + suffix) for name in names))
+    if not found:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no attention projections ({', '.join(ATTENTION_PROJECTIONS)}); "
+            "name the layers to adapt in adapter.target_modules"
+        )
+    return found
+
+
+@contextmanager
+def adapter_off(denoiser: nn.Module) -> Iterator[None]:
+    """The pretrained network, for the time of a `with` block."""
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def frozen_copy(denoiser: nn.Module) -> nn.Module:
+    """A second copy of the pretrained weights, for full fine-tuning."""
+    return copy.deepcopy(denoiser).requires_grad_(False).eval()
+
+
+def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights in peft's naming with the scale alpha / rank baked into B.
+
+    Most tools read a LoRA without its metadata as alpha = rank; with the scale in the weights that is right.
+    """
+    settings = denoiser.peft_config[ADAPTER]
+    scale = settings.lora_alpha / settings.r
+    state = peft.get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    return {
+        name: (value * scale if ".lora_B." in name else value).detach().cpu().contiguous()
+        for name, value in state.items()
+    }
+
+
+def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module, folder: Path) -> None:
+    """Writes what was trained in diffusers' own format.
+
+    A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`; fully trained weights to `folder/<name>`,
+    for `from_pretrained(folder, subfolder=name)`.
+
+    Args:
+        pipeline: The pipeline that the denoiser belongs to.
+        name: Its component name, `unet` or `transformer`.
+        denoiser: The trained network.
+        folder: Where to write; made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(denoiser, "peft_config"):
+        layers = {f"{name}_lora_layers": lora_state(denoiser)}
+        pipeline.save_lora_weights(str(folder), **layers, safe_serialization=True)
+    else:
+        denoiser.save_pretrained(folder / name, safe_serialization=True)
+
+
+def _adaptable(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | nn.Conv2d)

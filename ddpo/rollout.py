@@ -1,0 +1,102 @@
+"""Samples denoising chains from a policy, with the log-probability of every step.
+
+Sample b is a function of the policy, its condition and seeds[b]: not of the batch it is in, its place there or the
+process that draws it (to the rounding of the network's batched kernels).
+"""
+
+import torch
+from torch import Tensor
+
+from ddpo.policy import Policy
+from ddpo.trajectory import Condition, Trajectory
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    condition: Condition,
+    seeds: Tensor,
+    *,
+    with_kl: bool = False,
+    guided: bool = True,
+    latents: Tensor | None = None,
+) -> Trajectory:
+    """Samples B chains of T steps.
+
+    Args:
+        policy: The policy.
+        condition: B rows.
+        seeds: One seed a sample, (B,) int64.
+        with_kl: Whether to measure the KL to the pretrained model at every stochastic step: one more pass each.
+        guided: Whether the recorded log-probabilities and KL are those of the guided policy, as sampled, or of its
+            conditional branch alone. Sampling is guided either way.
+        latents: Initial latents, (B, *latent); default the prior's, from the seeds.
+
+    Returns:
+        The trajectories, float32 on the policy's device.
+    """
+    noise = policy.noise(seeds)
+    x = noise[:, 0] if latents is None else latents.to(noise)
+    states, log_probs, kls = [x], [], []
+    zeros = x.new_zeros(x.shape[0])
+    stochastic = policy.schedule.stochastic_steps
+    for k in range(policy.schedule.num_steps):
+        if guided:
+            sampled = recorded = policy(k, x, condition)
+        else:
+            sampled, recorded = policy.both(k, x, condition)
+        if k not in stochastic:
+            states.append(sampled.mean)
+            log_probs.append(zeros)
+            kls.append(zeros)
+        else:
+            if with_kl:
+                with policy.reference():
+                    kls.append(recorded.kl(policy(k, x, condition, guided=guided)))
+            states.append(sampled.sample(noise[:, k + 1]))
+            log_probs.append(recorded.log_prob(states[-1]))
+        x = states[-1]
+    return Trajectory(
+        latents=torch.stack(states, dim=1),
+        log_probs=torch.stack(log_probs, dim=1),
+        kl=torch.stack(kls, dim=1) if with_kl else None,
+        condition=condition,
+        seeds=seeds,
+        schedule=policy.schedule,
+    )
+
+
+@torch.no_grad()
+def path_kl(policy: Policy, trajectory: Trajectory, *, guided: bool = True) -> Tensor:
+    """KL(policy || reference) at the visited states of trajectories, (B, T) nats, 0 at deterministic steps.
+
+    Its sum over steps estimates the path KL without bias, at the parameters that sampled the trajectories (the
+    discrete Girsanov theorem; Fan et al., arXiv:2305.16381, lemma 4.1).
+    """
+    kl = torch.zeros_like(trajectory.log_probs)
+    for k in trajectory.schedule.stochastic_steps:
+        x = trajectory.latents[:, k]
+        current = policy(k, x, trajectory.condition, guided=guided)
+        with policy.reference():
+            kl[:, k] = current.kl(policy(k, x, trajectory.condition, guided=guided))
+    return kl
+
+
+def sample_seeds(run_seed: int, epoch: int, indices: range) -> Tensor:
+    """Seeds of the given samples of an epoch, (len(indices),) int64, non-negative.
+
+    One SplitMix64 step (Steele et al., OOPSLA 2014) per coordinate: distinct (run, epoch, index) give distinct,
+    unrelated generators, whatever the number of processes.
+    """
+    base = _mix(_mix(run_seed & _MASK) ^ (epoch & _MASK))
+    return torch.tensor([_mix(base ^ _mix(index)) >> 1 for index in indices], dtype=torch.int64)
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

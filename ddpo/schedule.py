@@ -1,0 +1,151 @@
+"""What a denoising chain knows before any network runs: its noise grid and the coefficients of every step.
+
+Each model family's forward marginal is x_k = a_k x_0 + s_k eps: a = sqrt(abar), s = sqrt(1 - abar) for VP models
+(DDPM, Stable Diffusion), a = 1 - sigma, s = sigma for flow matching. One step of any sampler is then
+
+    x_{k+1} ~ N(a_next * x0_hat + direction * eps_hat, std^2 I).
+
+T is the number of steps; all tensors of a schedule have shape (T,).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Signal and noise levels at both ends of every step.
+
+    The end of a step need not be the start of the next: with `timestep_spacing: linspace`, `DDIMScheduler` steps to
+    t - N // T and is then called at another t. We follow it, since its images are what the model is known by.
+
+    Attributes:
+        a: Signal level at the start, (T,).
+        s: Noise level at the start, (T,).
+        a_next: Signal level at the end, (T,).
+        s_next: Noise level at the end, (T,).
+    """
+
+    a: Tensor
+    s: Tensor
+    a_next: Tensor
+    s_next: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The coefficients of a chain of T Gaussian steps.
+
+    Attributes:
+        model_time: What the denoiser receives as its timestep, (T,).
+        a: Signal level at the start of a step, (T,).
+        s: Noise level at the start of a step, (T,).
+        a_next: Signal level at its end, (T,).
+        direction: Weight of the predicted noise in the mean, (T,).
+        std: Standard deviation of the step, (T,), in latent units.
+        stochastic: Whether std > 0, (T,) bool. Other steps are no decisions of the policy: part of the environment.
+        clip: Predicted x0 is clamped to [-clip, clip]; None for no clamping.
+    """
+
+    model_time: Tensor
+    a: Tensor
+    s: Tensor
+    a_next: Tensor
+    direction: Tensor
+    std: Tensor
+    stochastic: Tensor
+    clip: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """T, deterministic steps included."""
+        return self.a.shape[0]
+
+    @property
+    def stochastic_steps(self) -> tuple[int, ...]:
+        """Indices of the steps that are decisions of the policy."""
+        return tuple(int(k) for k in torch.nonzero(self.stochastic).flatten())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Schedule":
+        """The same schedule on another device; `dtype` applies to the coefficients, not to `model_time`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                is_coefficient = field.name not in ("model_time", "stochastic")
+                moved[field.name] = value.to(device, dtype if is_coefficient else None)
+        return replace(self, **moved)
+
+
+def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler whose grid and prediction type the policy follows.
+
+    Any VP scheduler (PNDM, Euler, DPM-Solver, ...) becomes the `DDIMScheduler` of the same noise schedule, since DDIM
+    is the family of one-step Gaussian samplers of a VP model. Flow-matching schedulers stay.
+
+    Args:
+        scheduler: The pipeline's own.
+
+    Returns:
+        A `DDIMScheduler` or the given `FlowMatchEulerDiscreteScheduler`.
+
+    Raises:
+        ValueError: The scheduler has neither `alphas_cumprod` nor flow-matching sigmas, or thresholds x0 dynamically.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} has no alphas_cumprod and is not FlowMatchEulerDiscreteScheduler: "
+            "its noise schedule is unknown. Give the pipeline a DDIMScheduler or a FlowMatchEulerDiscreteScheduler."
+        )
+    overrides = {}
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+        # Solvers without these two options never clip, but DDIMScheduler's own default would clip latents to [-1, 1].
+        overrides["clip_sample"] = scheduler.config.get("clip_sample", False)
+        overrides["set_alpha_to_one"] = scheduler.config.get("set_alpha_to_one", False)
+    ddim = DDIMScheduler.from_config(scheduler.config, **overrides)
+    if ddim.config.thresholding:
+        raise ValueError(
+            "scheduler option thresholding: true is not supported: the quantile makes the step's mean depend on the "
+            "whole image in a way that has no stable gradient. Set thresholding: false in the scheduler's config."
+        )
+    return ddim
+
+
+def noise_grid(scheduler: SchedulerMixin) -> Grid:
+    """The grid of a scheduler whose timesteps are set, in float64 on the CPU.
+
+    Args:
+        scheduler: As returned by `training_scheduler`, after `set_timesteps`.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        sigmas = scheduler.sigmas.double().cpu()
+        return Grid(a=1 - sigmas[:-1], s=sigmas[:-1], a_next=1 - sigmas[1:], s_next=sigmas[1:])
+    timesteps = scheduler.timesteps.cpu()
+    previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    start = alphas[timesteps]
+    final = torch.as_tensor(scheduler.final_alpha_cumprod).double().cpu()
+    end = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+    return Grid(a=start.sqrt(), s=(1 - start).sqrt(), a_next=end.sqrt(), s_next=(1 - end).sqrt())
+
+
+def prediction_type(scheduler: SchedulerMixin) -> PredictionType:
+    """What the denoiser of this scheduler predicts."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return "flow"
+    return scheduler.config.prediction_type
+
+
+def clip_range(scheduler: SchedulerMixin) -> float | None:
+    """The bound to which predicted x0 is clamped, or None."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or not scheduler.config.clip_sample:
+        return None
+    return float(scheduler.config.clip_sample_range)

@@ -1,0 +1,266 @@
+"""Learns how a stock diffusers pipeline calls its denoiser, by running it once with the expensive parts hollowed out.
+
+The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns zeros and its scheduler's `step`
+by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument of every
+denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes the same
+calls itself, so that no model family needs code of its own.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ddpo.guidance import RULES, GuidanceRule
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+class UntraceableError(ValueError):
+    """A pipeline does not fit the stepwise Gaussian policy; the message says which part and what to do."""
+
+
+class _StopTracing(Exception):
+    """Ends the pipeline's loop once enough was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the denoiser.
+
+    Attributes:
+        latents: Its first argument, (rows, *latent).
+        timestep: The value of its timestep argument, as passed (0-dimensional or (rows,)).
+        arguments: All other arguments by dotted name (`added_cond_kwargs.text_embeds`), tensors and plain values.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    arguments: dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One pass of the pipeline's loop: its denoiser calls, and what it handed to the scheduler.
+
+    Attributes:
+        calls: The denoiser calls, in order.
+        sample: The latents given to `scheduler.step`, (B, *latent).
+        model_output: The combined model output given to `scheduler.step`, (B, ...).
+    """
+
+    calls: tuple[Call, ...]
+    sample: Tensor
+    model_output: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallNames:
+    """Names under which a denoiser takes its latents and its timestep."""
+
+    latents: str
+    timestep: str
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> str:
+    """The component that denoises: `unet` or `transformer`.
+
+    Raises:
+        UntraceableError: There is none, or more than one.
+    """
+    names = [name for name in ("unet", "transformer") if isinstance(pipeline.components.get(name), nn.Module)]
+    if len(names) != 1:
+        raise UntraceableError(
+            f"{type(pipeline).__name__} has {len(names)} denoisers ({', '.join(pipeline.components)}); "
+            "a policy needs exactly one component named unet or transformer"
+        )
+    if isinstance(pipeline.components.get("transformer_2"), nn.Module):
+        raise UntraceableError(f"{type(pipeline).__name__} switches between transformer and transformer_2; use one")
+    return names[0]
+
+
+def call_names(denoiser: nn.Module) -> CallNames:
+    """How the denoiser's forward names its latents (the first parameter) and its timestep.
+
+    Raises:
+        UntraceableError: No parameter is a timestep.
+    """
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+    timestep = [name for name in parameters if name in TIMESTEP_NAMES]
+    if not timestep:
+        raise UntraceableError(f"{type(denoiser).__name__}.forward takes no timestep, only ({', '.join(parameters)})")
+    return CallNames(latents=parameters[0], timestep=timestep[0])
+
+
+def trace(
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    arguments: Mapping[str, object],
+    *,
+    num_steps: int | None = None,
+    hollow: bool = True,
+) -> list[Step]:
+    """Runs the pipeline and records its steps.
+
+    Args:
+        pipeline: A stock pipeline with the scheduler that it is to be traced with.
+        denoiser: Its denoiser.
+        arguments: Keyword arguments of `pipeline.__call__`.
+        num_steps: Stop after so many steps; None for all.
+        hollow: Whether the denoiser returns zeros and the latents stay as they are; else the real loop runs.
+
+    Returns:
+        What was seen, one entry a step.
+
+    Raises:
+        UntraceableError: The pipeline did not call its denoiser and its scheduler as a stepwise sampler does.
+    """
+    names = call_names(denoiser)
+    signature = inspect.signature(denoiser.forward)
+    scheduler = pipeline.scheduler
+    stock_forward, stock_step = denoiser.forward, scheduler.step
+    steps: list[Step] = []
+    calls: list[Call] = []
+
+    def forward(*positional: object, **keywords: object) -> object:
+        bound = _bind(signature, positional, keywords)
+        calls.append(_record(bound, names))
+        return _hollow_output(denoiser, bound, names) if hollow else stock_forward(*positional, **keywords)
+
+    def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> object:
+        steps.append(Step(calls=tuple(calls), sample=sample, model_output=model_output))
+        calls.clear()
+        if num_steps is not None and len(steps) >= num_steps:
+            raise _StopTracing
+        return (sample,) if hollow else stock_step(model_output, timestep, sample, **options)
+
+    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step):
+        try:
+            pipeline(**arguments)
+        except _StopTracing:
+            pass
+    if not steps or any(not entry.calls for entry in steps):
+        raise UntraceableError(
+            f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
+        )
+    return steps
+
+
+def find_rule(step: Step, denoise: Callable[[GuidanceRule, Step], Tensor]) -> GuidanceRule:
+    """The guidance rule that reproduces the pipeline's own model output exactly.
+
+    Args:
+        step: One recorded step of the real loop (`hollow=False`).
+        denoise: Computes the model output of that step under a rule, or raises ValueError where it does not apply.
+
+    Raises:
+        UntraceableError: None does; the message shows each rule's error.
+    """
+    errors = {}
+    for rule in RULES:
+        if not _layout_fits(rule, step):
+            continue
+        output = denoise(rule, step)
+        if output.shape != step.model_output.shape:
+            errors[rule.name] = f"shape {tuple(output.shape)}"
+            continue
+        error = float((output - step.model_output).abs().max())
+        if error == 0.0:
+            return rule
+        errors[rule.name] = f"max error {error:.2e}"
+    raise UntraceableError(
+        "no guidance rule reproduces this pipeline's model output of shape "
+        f"{tuple(step.model_output.shape)} from {len(step.calls)} denoiser call(s): "
+        + ("; ".join(f"{name}: {text}" for name, text in errors.items()) or "no layout fits")
+        + ". Add its rule to ddpo.guidance.RULES."
+    )
+
+
+def _layout_fits(rule: GuidanceRule, step: Step) -> bool:
+    copies = step.calls[0].latents.shape[0] // step.sample.shape[0]
+    expected = {"single": (1, 1), "stacked": (1, 2), "positive_first": (2, 1), "negative_first": (2, 1)}
+    return expected[rule.layout] == (len(step.calls), copies)
+
+
+def flatten(arguments: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested dictionaries as one with dotted names; None values are dropped, as they are the defaults."""
+    flat: dict[str, object] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, object]) -> dict[str, object]:
+    """Inverse of `flatten`."""
+    nested: dict[str, object] = {}
+    for name, value in flat.items():
+        *folders, leaf = name.split(".")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})  # type: ignore[assignment]
+        place[leaf] = value
+    return nested
+
+
+@contextmanager
+def hollowed(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser returns zeros of the right shape, for the time of a `with` block."""
+    names, signature = call_names(denoiser), inspect.signature(denoiser.forward)
+
+    def forward(*positional: object, **keywords: object) -> object:
+        return _hollow_output(denoiser, _bind(signature, positional, keywords), names)
+
+    with replaced(denoiser, "forward", forward):
+        yield
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Sets an instance attribute for the time of a `with` block, shadowing the class's."""
+    shadowed = vars(owner).get(name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, shadowed)
+
+
+def _bind(
+    signature: inspect.Signature, positional: tuple[object, ...], keywords: Mapping[str, object]
+) -> dict[str, object]:
+    bound = dict(signature.bind(*positional, **keywords).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))  # type: ignore[call-overload]
+    return bound
+
+
+def _record(bound: Mapping[str, object], names: CallNames) -> Call:
+    latents, timestep = bound[names.latents], bound[names.timestep]
+    if not isinstance(latents, Tensor):
+        raise UntraceableError(f"the denoiser's {names.latents} is a {type(latents).__name__}, not a tensor")
+    rest = {name: value for name, value in bound.items() if name not in (names.latents, names.timestep, "return_dict")}
+    return Call(latents=latents, timestep=torch.as_tensor(timestep), arguments=flatten(rest))
+
+
+def _hollow_output(denoiser: nn.Module, bound: Mapping[str, object], names: CallNames) -> object:
+    latents = bound[names.latents]
+    assert isinstance(latents, Tensor)
+    config = denoiser.config
+    channels_in, channels_out = config.get("in_channels"), config.get("out_channels")
+    shape = list(latents.shape)
+    if channels_out and channels_in != channels_out and len(shape) > 3 and shape[1] == channels_in:
+        shape[1] = channels_out
+    zeros = latents.new_zeros(shape)
+    return Transformer2DModelOutput(sample=zeros) if bound.get("return_dict", True) else (zeros,)
