@@ -4,8 +4,8 @@ With alpha the KL weight and KL_j the step's KL at the sampled state, the return
 
     R_k = r(x_0) - alpha * sum_{j > k} KL_j,
 
-and the gradient of J = E[r] - alpha E[sum KL] is E[ sum_k grad log pi_k (R_k - b_k) ] - alpha E[ sum_k grad KL_k ] for any
-baseline b_k that does not depend on the action. Baselines here leave the sample itself out of the mean (RLOO, Kool et
+and the gradient of J = E[r] - alpha E[sum KL] is E[ sum_k grad log pi_k (R_k - b_k) ] - alpha E[ sum_k grad KL_k ]
+for any baseline b_k that does not depend on the action. Baselines here leave the sample itself out of the mean (RLOO, Kool et
 al. 2019): mean-including baselines shrink the first term by (G - 1) / G but not the second, i.e. raise alpha by
 G / (G - 1), 14% for groups of 8.
 
@@ -141,7 +141,7 @@ class AdvantageEstimator:
 
 
 def cost_to_go(kl: Tensor, alpha: float) -> Tensor:
-    """alpha * sum_{j > k} KL_j, (B, T), in reward units: what the action of step k makes the rest of the path cost."""
+    """What the steps after k cost, alpha * sum_{j > k} KL_j, (B, T), in reward units."""
     from_here = kl.flip(1).cumsum(1).flip(1)
     return alpha * (from_here - kl)
 

@@ -1,7 +1,7 @@
 """From final latents to images, by the pipeline's own tail.
 
-The stock `__call__` is run for one step with its denoiser hollowed out and its scheduler handing back the given latents:
-what remains is what the pipeline does after its loop. `__call__` is only decorated with `no_grad`, so the undecorated
+The stock `__call__` is run for one step with its denoiser hollowed out and its scheduler handing back the given
+latents: what remains is what the pipeline does after its loop. `__call__` is only decorated with `no_grad`, so the undecorated
 function carries gradients.
 """
 

@@ -1,7 +1,7 @@
 """Classifier-free guidance: how a pipeline calls its denoiser for it, and how it combines what comes back.
 
-A rule is found, not chosen: at load time the stock pipeline's own model output is compared with each rule's, and the one
-that reproduces it exactly is kept (`ddpo.tracing.find_rule`). A pipeline with a combination of its own needs one more
+A rule is found, not chosen: at load time the stock pipeline's own model output is compared with each rule's, and the
+one that reproduces it exactly is kept (`ddpo.tracing.find_rule`). A pipeline with a combination of its own needs one more
 row in `RULES`.
 """
 

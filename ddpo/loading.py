@@ -31,7 +31,7 @@ def load_pipeline(
             )
     elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
         raise FileNotFoundError(
-            f"model.path {str(path)!r} is neither a folder nor a hub id of the form owner/name; 'shapes' ships with ddpo"
+            f"model.path {str(path)!r} is neither a folder nor a hub id owner/name; 'shapes' ships with ddpo"
         )
     source = str(folder) if folder.is_dir() else str(path)
     try:

@@ -1,7 +1,7 @@
 """What is trained: a LoRA adapter by peft, or every weight; and how to step back to the pretrained model.
 
-LoRA (Hu et al., arXiv:2106.09685) adds (alpha / rank) B @ A to chosen layers. Switching it off gives the pretrained model
-from the same weights, so a reference for the KL costs no second copy. Adapter weights are float32 whatever the base.
+LoRA (Hu et al., arXiv:2106.09685) adds (alpha / rank) B @ A to chosen layers. Switching it off gives the pretrained
+model from the same weights, so a reference for the KL costs no second copy. Adapter weights are float32 whatever the base.
 """
 
 import copy
@@ -112,7 +112,8 @@ def default_targets(denoiser: nn.Module) -> tuple[str, ...]:
 @contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[None]:
     """The pretrained network, for the time of a `with` block."""
-    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    adapted = (layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer))
+    layers = [layer for layer in adapted if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:

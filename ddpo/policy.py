@@ -8,6 +8,7 @@ schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -191,6 +192,15 @@ class Policy:
         finally:
             self.denoiser.network = network
 
+    @contextmanager
+    def noise_free(self) -> Iterator[None]:
+        """Samples by the ODE of the same schedule, for the time of a `with` block."""
+        schedule, self.schedule = self.schedule, self._ode
+        try:
+            yield
+        finally:
+            self.schedule = schedule
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: value for name, value in self.denoiser.module.named_parameters() if value.requires_grad}
@@ -279,14 +289,17 @@ class Policy:
         scheduler = self.pipeline.scheduler
         self._kind = prediction_type(scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
-        schedule = make_schedule(
-            self.sampler,
-            noise_grid(scheduler),
-            model_time=torch.stack([step.calls[0].timestep.flatten()[0] for step in steps]),
-            is_flow=self._kind == "flow",
-            clip=clip_range(scheduler),
+        times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
+        self.schedule, self._ode = (
+            make_schedule(
+                sampler,
+                noise_grid(scheduler),
+                model_time=times,
+                is_flow=self._kind == "flow",
+                clip=clip_range(scheduler),
+            ).to(self.device, torch.float32)
+            for sampler in (self.sampler, replace(self.sampler, kind="ode"))
         )
-        self.schedule = schedule.to(self.device, torch.float32)
         self.denoiser.learn_arguments(steps[0], three)
         with self.denoiser.autocast():
             (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)

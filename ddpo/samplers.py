@@ -4,7 +4,7 @@ A sampler is a rule for std and for the weight of the predicted noise (`directio
 (a, s) -> (a', s'):
 
     exact rule  direction = sqrt(s'^2 - std^2)      keeps the marginals a' x0 + s' eps for a perfect network
-    euler rule  direction = s' - std^2 / (2 s)      one Euler-Maruyama step of the reverse SDE (flow matching: a = 1 - s)
+    euler rule  direction = s' - std^2 / (2 s)      one Euler-Maruyama step of the reverse SDE (flow matching)
 
 | kind      | std                                       | rule  | source                                           |
 |-----------|-------------------------------------------|-------|--------------------------------------------------|

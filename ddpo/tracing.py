@@ -1,14 +1,14 @@
 """Learns how a stock diffusers pipeline calls its denoiser, by running it once with the expensive parts hollowed out.
 
-The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns zeros and its scheduler's `step`
-by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument of every
+The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns zeros and its scheduler's
+`step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument of every
 denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes the same
 calls itself, so that no model family needs code of its own.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -140,10 +140,8 @@ def trace(
         return (sample,) if hollow else stock_step(model_output, timestep, sample, **options)
 
     with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step):
-        try:
+        with suppress(_StopTracing):
             pipeline(**arguments)
-        except _StopTracing:
-            pass
     if not steps or any(not entry.calls for entry in steps):
         raise UntraceableError(
             f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"

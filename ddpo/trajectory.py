@@ -87,6 +87,18 @@ class Trajectory:
         """The denoised latents, (B, *latent)."""
         return self.latents[:, -1]
 
+    def first(self, count: int) -> "Trajectory":
+        """The first `count` samples, or all if there are fewer."""
+        rows = torch.arange(min(count, self.latents.shape[0]))
+        return replace(
+            self,
+            latents=self.latents[:count],
+            log_probs=self.log_probs[:count],
+            kl=None if self.kl is None else self.kl[:count],
+            condition=self.condition.index(rows),
+            seeds=self.seeds[:count],
+        )
+
     @staticmethod
     def concatenate(parts: "Sequence[Trajectory]") -> "Trajectory":
         """All samples of `parts`, in order; they share one schedule."""

@@ -1,7 +1,7 @@
 """What an objective is: a generator of losses, on which the trainer only calls backward.
 
-A policy-gradient objective gets micro-batches of independent transitions, of any samples and steps mixed, so that memory
-is bounded by the micro-batch and not by the number of steps.
+A policy-gradient objective gets micro-batches of independent transitions, of any samples and steps mixed, so that
+memory is bounded by the micro-batch and not by the number of steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ class Loss:
 
     Attributes:
         value: Scalar with a graph; the losses of an update add up to the update's loss.
-        metrics: Detached per-transition values by name, each (N,): averaged per step and over everything by the trainer.
+        metrics: Detached per-transition values by name, each (N,); the trainer averages them.
     """
 
     value: Tensor

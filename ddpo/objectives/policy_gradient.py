@@ -1,16 +1,16 @@
 """REINFORCE and PPO on denoising steps, with the KL to the pretrained model.
 
-The objective is J = E[r(x_0)] - alpha * E[sum_k KL_k], KL_k = KL(pi_theta(.|x_k) || pi_ref(.|x_k)). With the advantages A_k of
-`ddpo.advantages` (which hold the cost-to-go of the future KL) its gradient over the B x T transitions is
+The objective is J = E[r(x_0)] - alpha * E[sum_k KL_k], KL_k = KL(pi_theta(.|x_k) || pi_ref(.|x_k)). With the advantages
+A_k of `ddpo.advantages` (which hold the cost-to-go of the future KL) its gradient over the B x T transitions is
 
     grad J = E[ sum_k A_k grad log pi(x_{k+1}|x_k) ] - alpha E[ sum_k grad KL_k ]
 
 and the loss, a mean over transitions, has the gradient -grad J / (T D), D the number of latent dimensions: step sizes
 and gradient norms then carry over between resolutions and numbers of steps.
 
-    reinforce            -A log pi / D                                               (Williams 1992)
-    ppo, joint           -min(A rho, A clip(rho, 1 +- eps)) / D,   rho = pi / pi_old  (Schulman et al., arXiv:1707.06347)
-    ppo, per_dimension   -min(A rho, A clip(rho, 1 +- eps)),       rho = (pi / pi_old)^(1/D)
+    reinforce            -A log pi / D                                                (Williams 1992)
+    ppo, joint           -min(A rho, A clip(rho, 1 +- eps)) / D,  rho = pi / pi_old   (PPO, arXiv:1707.06347)
+    ppo, per_dimension   -min(A rho, A clip(rho, 1 +- eps)),      rho = (pi / pi_old)^(1/D)
 
 The last is what DDPO (arXiv:2305.13301) and Flow-GRPO compute by averaging the log-density over dimensions. Its clip is
 far looser than it looks: |log pi/pi_old| <= eps D nats, 1.6 nats for eps = 1e-4 and Stable Diffusion's D = 16,384. At

@@ -1,0 +1,188 @@
+"""Measures a policy on fixed prompts and seeds: rewards, held-out rewards, path KL, diversity, with and without noise.
+
+E images: every prompt of the evaluation set `images_per_prompt` times, in that order, each with its own fixed seed, so
+that two evaluations differ by the weights alone and compare image by image.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpo import Policy, rollout, sample_seeds
+from rewards import WeightedSum
+from trainers.config import Config, EvaluationConfig
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import Prompt, load_prompts
+
+KL = "kl (nats)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A mean over images (or prompts) with its standard error; `None` where one image leaves it undefined."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Measure":
+        """Mean and standard error of values (n,), taken as independent."""
+        values = values.double()
+        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(mean=float(values.mean()), error=error)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)`, `diversity` (per
+            prompt, repeated), the same noise-free under `ode/...`; each (E,) float32.
+        images: The images with noise, (E, 3, H, W) uint8.
+        prompts: E texts.
+    """
+
+    values: dict[str, Tensor]
+    images: Tensor
+    prompts: tuple[str, ...]
+
+    def summary(self) -> dict[str, Measure]:
+        """Mean and standard error by name."""
+        return {name: Measure.of(values) for name, values in self.values.items()}
+
+    def pictures(self) -> Tensor:
+        """The images as (E, 3, H, W) float32 in [0, 1]."""
+        return self.images.float() / 255
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes `<name>.safetensors`: values and images."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"value.{key}": value for key, value in self.values.items()}
+        save_file({**tensors, "images": self.images}, folder / f"{name}.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, name: str, prompts: Sequence[str]) -> "Evaluation":
+        """Reads what `save` wrote; `prompts` are the evaluation set's E texts."""
+        tensors = load_file(folder / f"{name}.safetensors")
+        images = tensors.pop("images")
+        values = {key.removeprefix("value."): value for key, value in tensors.items()}
+        return cls(values=values, images=images, prompts=tuple(prompts))
+
+
+class Evaluator:
+    """The fixed evaluation set of a run."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        processes: Processes,
+        progress: Progress,
+    ) -> None:
+        """Chooses the prompts: the first `num_prompts`, spread evenly over the source.
+
+        Args:
+            config: Size, seed and kinds of sampling.
+            prompts: The source.
+            batch_size: Images per denoiser call.
+            processes: Who shares the work.
+            progress: Shows the batches.
+        """
+        count = min(config.num_prompts, len(prompts))
+        chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+        self.prompts = [prompt for prompt in chosen for _ in range(config.images_per_prompt)]
+        self._config = config
+        self._batch_size = batch_size
+        self._processes = processes
+        self._progress = progress
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each of the E images."""
+        return tuple(prompt.text for prompt in self.prompts)
+
+    def __call__(self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None) -> Evaluation:
+        """Samples and measures.
+
+        Args:
+            policy: At the weights to be measured.
+            reward: What is optimised; reported with its present scales.
+            heldout: What is only measured; None for nothing.
+
+        Returns:
+            The evaluation, the same on every process.
+        """
+        values, images = self._measure(policy, reward, heldout, ode=False)
+        if self._config.ode:
+            noise_free, _ = self._measure(policy, reward, heldout, ode=True)
+            values |= {f"ode/{name}": value for name, value in noise_free.items()}
+        return Evaluation(values=values, images=images, prompts=self.texts)
+
+    def _measure(
+        self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        own = self._processes.share(len(self.prompts))
+        starts = range(own.start, own.stop, self._batch_size)
+        label = "evaluating (ODE)" if ode else "evaluating"
+        parts = [
+            self._batch(policy, reward, heldout, range(start, min(start + self._batch_size, own.stop)), ode=ode)
+            for start in self._progress.track(starts, label)
+        ]
+        everything = [part for process in self._processes.gather_objects(parts) for part in process]  # type: ignore[attr-defined]
+        values = {name: torch.cat([part[0][name] for part in everything]) for name in everything[0][0]}
+        images = torch.cat([part[1] for part in everything])
+        if self._config.images_per_prompt > 1:
+            values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
+        return values, images
+
+    def _batch(
+        self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        batch = [self.prompts[i] for i in indices]
+        condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
+        seeds = sample_seeds(self._config.seed, 0, indices)
+        with policy.noise_free() if ode else nullcontext():
+            trajectory = rollout(policy, condition, seeds, with_kl=not ode)
+            images = policy.decode(trajectory.final)
+        scores = reward(images, condition.prompts, condition.metadata)
+        values = {"reward": scores.total, **scores.components}
+        if heldout is not None:
+            held = heldout(images, condition.prompts, condition.metadata)
+            values |= {f"heldout/{name}": value for name, value in held.components.items()}
+        if trajectory.kl is not None:
+            values[KL] = trajectory.kl.sum(1).cpu()
+        return {name: value.float() for name, value in values.items()}, (images * 255).round().to(torch.uint8).cpu()
+
+
+def diversity(images: Tensor, images_per_prompt: int) -> Tensor:
+    """Mean pixel distance between images of one prompt, repeated for each of its images, (E,) in [0, 1].
+
+    Args:
+        images: (E, 3, H, W) in [0, 1], images of a prompt next to each other.
+        images_per_prompt: G, at least 2.
+
+    Returns:
+        Root mean square difference over pixels, averaged over the G (G - 1) / 2 pairs of the prompt.
+    """
+    groups = images.flatten(1).unflatten(0, (-1, images_per_prompt))
+    distance = torch.cdist(groups, groups) / math.sqrt(groups.shape[-1])
+    pairs = images_per_prompt * (images_per_prompt - 1)
+    return (distance.sum((1, 2)) / pairs).repeat_interleave(images_per_prompt)
+
+
+def evaluation_prompts(config: Config) -> list[Prompt]:
+    """The evaluation source, by default the training one."""
+    return load_prompts(config.evaluation.prompts or config.prompts)

@@ -1,0 +1,347 @@
+"""The training loop: sample, score, update, log, evaluate, checkpoint.
+
+    prompts -> rollout -> decode -> rewards -> advantages     trainers.collection
+            -> objective -> backward -> optimizer             trainers.update
+
+`train` is the Python API; the command line comes in through `train_from_config` and `resume`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ddpo import Policy
+from ddpo.kl import next_alpha
+from ddpo.objectives import policy_gradient
+from rewards import RewardTerm, WeightedSum, as_reward
+from trainers.checkpoint import checkpoint_path, discard_after, latest_checkpoint, load_checkpoint, prune
+from trainers.collection import Collected, collect
+from trainers.config import Config
+from trainers.config_io import load_resumed, to_yaml
+from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
+from trainers.metrics import Stopwatch
+from trainers.pictures import caption, grid, save_curves, to_pil
+from trainers.plan import BatchPlan, make_plan
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import Prompt, PromptStream, load_prompts
+from trainers.report import epoch_line, epoch_row, scalars, spread, write_comparison
+from trainers.run import RunFolder, read_metrics
+from trainers.scoring import Scorer
+from trainers.state import TrainState
+from trainers.tracking import Picture, Tracker, open_trackers
+from trainers.update import UpdateReport, update
+
+CURVES = ("reward/mean", "kl/path_nats", "policy/clip_fraction", "optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a run needs besides its state; nothing here changes.
+
+    Attributes:
+        run: The run folder.
+        state: The run's state.
+        plan: Sizes of an epoch.
+        processes: Who shares the run.
+        progress: Bars.
+        evaluator: The fixed evaluation set.
+        heldout: Rewards that are only measured; None for none.
+        tracker: Where metrics go besides the run folder.
+    """
+
+    run: RunFolder
+    state: TrainState
+    plan: BatchPlan
+    processes: Processes
+    progress: Progress
+    evaluator: Evaluator
+    heldout: WeightedSum | None
+    tracker: Tracker
+
+
+def train(
+    policy: Policy,
+    *,
+    reward: str | Callable[..., object] | WeightedSum,
+    prompts: Sequence[str] | Sequence[Prompt],
+    config: Config | None = None,
+    heldout: WeightedSum | None = None,
+    resume: Path | None = None,
+) -> Path:
+    """Fine-tunes a policy.
+
+    Args:
+        policy: From `Policy.from_pretrained`; its sampler takes the place of the configuration's.
+        reward: A registered name, `file.py:name`, a function `(images, prompts, metadata) -> (B,)`, or several as a
+            `WeightedSum`.
+        prompts: Training prompts; also the evaluation's, unless `config.evaluation.prompts` says otherwise.
+        config: Everything else; default `Config()`.
+        heldout: Rewards that are measured and not optimised.
+        resume: Continue this run folder from its newest checkpoint instead of starting a new one.
+
+    Returns:
+        The run folder.
+    """
+    config = replace(config or Config(), sampler=policy.sampler)
+    texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
+    if isinstance(reward, str):
+        reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
+    total = reward if isinstance(reward, WeightedSum) else WeightedSum.of(as_reward(reward))
+    config = replace(config, rewards=total.terms)
+    evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
+    processes = Processes(device=policy.device.type)
+    if resume is None:
+        run = _create_run(config, processes, yaml=to_yaml(config, full=True))
+        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=0)
+    else:
+        run = RunFolder.open(resume)
+        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=1)
+        _restore(session, latest_checkpoint(run.path))
+    return _train(session)
+
+
+def train_from_config(config: Config, *, config_yaml: str) -> Path:
+    """Starts a run from a configuration that passed `trainers.preflight`.
+
+    Args:
+        config: The configuration.
+        config_yaml: Its text, saved with the run.
+
+    Returns:
+        The run folder.
+    """
+    processes = Processes(device=config.model.device)
+    run = _create_run(config, processes, yaml=config_yaml)
+    return _train(_load(config, processes, run, first_step=0))
+
+
+def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None = None) -> Path:
+    """Continues a run exactly where a checkpoint left it.
+
+    Args:
+        run: The run folder.
+        overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*).
+        checkpoint: Name of the checkpoint folder; None takes the newest.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged; the message names one to use instead.
+    """
+    folder = RunFolder.open(run)
+    config = load_resumed(folder.path / "config.yaml", overrides)
+    source = latest_checkpoint(folder.path) if checkpoint is None else folder.checkpoints / checkpoint
+    processes = Processes(device=config.model.device)
+    session = _load(config, processes, folder, first_step=1)
+    _restore(session, source)
+    return _train(session)
+
+
+def load_policy(config: Config, device: str) -> Policy:
+    """The policy of a configuration, at its pretrained weights."""
+    policy = Policy.from_pretrained(
+        config.model.path,
+        sampler=config.sampler,
+        adapter=config.adapter,
+        precision=config.model.precision,
+        device=device,
+        offload=config.model.offload,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        seed=config.seed,
+    )
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing()
+    return policy
+
+
+# ---- setting up ------------------------------------------------------------------------------------------------------
+
+
+def _create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
+    """Makes the folder on the main process and tells the others its name."""
+    stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+    made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
+    path = processes.gather_objects(made and str(made.path))[0]
+    assert isinstance(path, str)
+    return made or RunFolder(path=Path(path))
+
+
+def _load(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
+    """Loads rewards, prompts and the policy of a configuration."""
+    device = str(processes.device)
+    reward = WeightedSum(config.rewards, device=device)
+    heldout = WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
+    texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
+    policy = load_policy(config, device)
+    return _session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
+
+
+def _session(
+    config: Config,
+    policy: Policy,
+    reward: WeightedSum,
+    heldout: WeightedSum | None,
+    prompts: Sequence[Prompt],
+    evaluated: Sequence[Prompt],
+    processes: Processes,
+    run: RunFolder,
+    *,
+    first_step: int,
+) -> Session:
+    num_stochastic = len(policy.schedule.stochastic_steps)
+    if num_stochastic == 0:
+        raise ValueError(
+            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there is "
+            "no log-probability to train; use sampler.kind: ddim with eta > 0 (flow models: flow_sde, dance_sde or cps)"
+        )
+    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
+    stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
+    state = TrainState.start(config, policy, reward, stream)
+    policy.denoiser.network = processes.prepare(policy.denoiser.network)
+    progress = Progress(enabled=processes.is_main)
+    return Session(
+        run=run,
+        state=state,
+        plan=plan,
+        processes=processes,
+        progress=progress,
+        evaluator=Evaluator(
+            config.evaluation,
+            evaluated,
+            batch_size=config.batch.sample_batch_size,
+            processes=processes,
+            progress=progress,
+        ),
+        heldout=heldout,
+        tracker=open_trackers(
+            config.tracking.trackers,
+            run=run.path,
+            project=config.tracking.project,
+            config=json.loads(json.dumps(asdict(config))),
+            main_process=processes.is_main,
+            first_step=first_step,
+        ),
+    )
+
+
+def _restore(session: Session, source: Path | None) -> None:
+    """Puts a session where a checkpoint left it, and the run folder's records with it."""
+    run, processes = session.run, session.processes
+    if source is None:
+        raise ValueError(f"{run.path} has no checkpoint yet to resume from; start it again under another run.name")
+    session.state.load(*load_checkpoint(source), processes)
+    if processes.is_main:
+        run.note_resume(source.name)
+        run.truncate_metrics(session.state.epoch)
+        discard_after(run.path, session.state.epoch)
+    session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
+    processes.wait()
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def _train(session: Session) -> Path:
+    """Runs epochs until the configured number or time is reached; returns the run folder."""
+    state, config = session.state, session.state.config
+    objective = policy_gradient(config.objective)
+    evaluations = session.run.path / "evaluations"
+    clock_offset, started = state.seconds, time.perf_counter()
+    if state.epoch == 0:
+        _evaluate(session, evaluations)
+    out_of_time = False
+    with Scorer(state.reward) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
+        for _ in bar:
+            if out_of_time:
+                break
+            clock = Stopwatch(state.policy.device)
+            collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
+            with clock("train"):
+                report = update(
+                    state, objective, collected.experience, session.plan, session.processes, session.progress
+                )
+            alpha, state.alpha = state.alpha, next_alpha(config.kl, state.alpha, collected.path_kl)
+            state.epoch += 1
+            state.samples += session.plan.images_per_epoch
+            state.seconds = clock_offset + time.perf_counter() - started
+            _log(session, collected, report, clock, alpha=alpha)
+            minutes = state.seconds / 60
+            out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
+            last = out_of_time or state.epoch == config.epochs
+            if last or _due(state.epoch, config.evaluation.every_epochs):
+                _evaluate(session, evaluations)
+            if last or _due(state.epoch, config.checkpoints.every_epochs):
+                _checkpoint(session)
+    _finish(session, evaluations)
+    return session.run.path
+
+
+def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch, *, alpha: float) -> None:
+    """Writes an epoch's metrics and pictures; on the main process only."""
+    if not session.processes.is_main:
+        return
+    state = session.state
+    row = {**epoch_row(state, collected, report, clock), "kl/alpha": alpha}
+    session.run.append_metrics(row)
+    session.progress.line(epoch_line(row))
+    session.tracker.log(scalars(row), step=state.epoch)
+    session.tracker.histogram("reward/histogram", collected.scores.total.tolist(), step=state.epoch)
+    if _due(state.epoch, state.config.tracking.pictures_every_epochs):
+        scores = collected.experience.scores.tolist()
+        captions = [caption(p, s) for p, s in zip(collected.prompts, scores[: len(collected.images)], strict=False)]
+        session.run.save_picture(grid(collected.images, captions), f"epoch_{state.epoch:06d}")
+        pictures = [Picture(image=to_pil(x), caption=text) for x, text in zip(collected.images, captions, strict=True)]
+        session.tracker.images("samples", pictures, step=state.epoch)
+
+
+def _evaluate(session: Session, folder: Path) -> Evaluation:
+    """Evaluates the (averaged) weights, logs and saves the result."""
+    state = session.state
+    with state.ema.applied():
+        result = session.evaluator(state.policy, state.reward, session.heldout)
+    if session.processes.is_main:
+        summary = result.summary()
+        result.save(folder, f"epoch_{state.epoch:06d}")
+        session.tracker.log({f"eval/{name}": measure.mean for name, measure in summary.items()}, step=state.epoch)
+        text = "  ".join(f"{name} {measure}" for name, measure in summary.items() if not name.startswith("ode/"))
+        session.progress.line(f"evaluation at epoch {state.epoch}: {text}")
+    return result
+
+
+def _checkpoint(session: Session) -> None:
+    state = session.state
+    state.save(checkpoint_path(session.run.path, state.epoch), session.processes)
+    if session.processes.is_main:
+        prune(session.run.path, state.config.checkpoints.keep_last)
+
+
+def _finish(session: Session, evaluations: Path) -> None:
+    """Exports the weights and ends the run with the comparison of its first and its last evaluation."""
+    if not session.processes.is_main:
+        return
+    state, run = session.state, session.run
+    state.export(run.lora)
+    texts = session.evaluator.texts
+    before = Evaluation.load(evaluations, "epoch_000000", texts)
+    after = Evaluation.load(evaluations, f"epoch_{state.epoch:06d}", texts)
+    table = write_comparison(run.path, before, after, num_pictures=state.config.tracking.num_pictures)
+    save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
+    shown = spread(len(texts), state.config.tracking.num_pictures)
+    pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in shown]
+    session.tracker.images("final", pictures, step=state.epoch)
+    session.tracker.close()
+    print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)
+
+
+def _due(epoch: int, every: int) -> bool:
+    return every > 0 and epoch % every == 0
+
+
+def _agreed(processes: Processes, value: bool) -> bool:
+    """The main process's answer, so that all stop at the same epoch."""
+    return bool(processes.gather_objects(value)[0])

@@ -1,0 +1,68 @@
+"""Scores images in background threads while the next batch is sampled.
+
+A reward that fails, or returns something that is not a finite score for every image, ends the run with an error that
+names it; nothing is guessed in its place.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from rewards import Scores, WeightedSum
+
+
+class Scorer:
+    """A queue of batches to score, in order.
+
+    Attributes:
+        waited: Seconds that `collect` spent waiting for rewards so far.
+    """
+
+    def __init__(self, reward: WeightedSum, *, threads: int = 1) -> None:
+        """Starts the threads.
+
+        Args:
+            reward: What to score with.
+            threads: Batches scored at the same time; more than 1 only for rewards that allow it.
+        """
+        self.waited = 0.0
+        self._reward = reward
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
+        self._pending: list[Future[Scores]] = []
+
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        """Queues one batch: images (B, 3, H, W) in [0, 1]."""
+        self._pending.append(self._pool.submit(self._reward, images, prompts, metadata))
+
+    def collect(self) -> Scores:
+        """The scores of all queued batches, concatenated in order.
+
+        Raises:
+            RewardError: From the first batch that failed; the batches behind it are dropped.
+        """
+        started = time.perf_counter()
+        pending, self._pending = self._pending, []
+        try:
+            parts = [future.result() for future in pending]
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+        self.waited += time.perf_counter() - started
+        names = parts[0].components
+        return Scores(
+            total=torch.cat([part.total for part in parts]),
+            components={name: torch.cat([part.components[name] for part in parts]) for name in names},
+        )
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
