@@ -5,8 +5,8 @@ With alpha the KL weight and KL_j the step's KL at the sampled state, the return
     R_k = r(x_0) - alpha * sum_{j > k} KL_j,
 
 and the gradient of J = E[r] - alpha E[sum KL] is E[ sum_k grad log pi_k (R_k - b_k) ] - alpha E[ sum_k grad KL_k ]
-for any baseline b_k that does not depend on the action. Baselines here leave the sample itself out of the mean (RLOO, Kool et
-al. 2019): mean-including baselines shrink the first term by (G - 1) / G but not the second, i.e. raise alpha by
+for any baseline b_k that does not depend on the action. Baselines here leave the sample itself out of the mean (RLOO,
+Kool et al. 2019): mean-including baselines shrink the first term by (G - 1) / G but not the second, i.e. raise alpha by
 G / (G - 1), 14% for groups of 8.
 
 Dividing by a standard deviation (GRPO, DDPO) divides the whole objective: rewards, cost-to-go and the direct KL term,
@@ -172,5 +172,5 @@ def _std(scores: Tensor, groups: Tensor) -> Tensor:
 
 def _first_of_each(groups: Tensor) -> Tensor:
     """Whether a sample is the first of its group, (B,) bool."""
-    seen: set[int] = set()
-    return torch.tensor([not (group in seen or seen.add(group)) for group in groups.tolist()])
+    ids = groups.tolist()
+    return torch.tensor([ids.index(group) == place for place, group in enumerate(ids)])

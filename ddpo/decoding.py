@@ -1,15 +1,15 @@
 """From final latents to images, by the pipeline's own tail.
 
 The stock `__call__` is run for one step with its denoiser hollowed out and its scheduler handing back the given
-latents: what remains is what the pipeline does after its loop. `__call__` is only decorated with `no_grad`, so the undecorated
-function carries gradients.
+latents: what remains is what the pipeline does after its loop. `__call__` is only decorated with `no_grad`, so the
+undecorated function carries gradients.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ddpo.tracing import hollowed, replaced
@@ -25,7 +25,7 @@ class Decoder:
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        denoiser: nn.Module,
+        denoiser: ModelMixin,
         arguments: Mapping[str, object],
         *,
         device: torch.device,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ddpo.guidance import GuidanceRule
@@ -28,9 +29,9 @@ class Denoiser:
         shared: All other arguments, by dotted name.
     """
 
-    def __init__(self, module: nn.Module, *, precision: Precision, device: torch.device) -> None:
+    def __init__(self, module: ModelMixin, *, precision: Precision, device: torch.device) -> None:
         self.module = module
-        self.network = module
+        self.network: nn.Module = module
         self.precision: Precision = precision
         self.device = device
         self.per_sample: frozenset[str] = frozenset()

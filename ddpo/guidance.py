@@ -1,8 +1,8 @@
 """Classifier-free guidance: how a pipeline calls its denoiser for it, and how it combines what comes back.
 
 A rule is found, not chosen: at load time the stock pipeline's own model output is compared with each rule's, and the
-one that reproduces it exactly is kept (`ddpo.tracing.find_rule`). A pipeline with a combination of its own needs one more
-row in `RULES`.
+one that reproduces it exactly is kept (`ddpo.tracing.find_rule`). A pipeline with a combination of its own needs one
+more row in `RULES`.
 """
 
 from collections.abc import Callable
@@ -35,12 +35,13 @@ def no_guidance(negative: Tensor | None, positive: Tensor, scale: float) -> Tens
     return positive
 
 
-def linear(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+def linear(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:
     """Extrapolates from the unconditional prediction (Ho and Salimans, arXiv:2207.12598, eq. 6 with scale = 1 + w)."""
+    assert negative is not None, "a rule with two branches"
     return negative + scale * (positive - negative)
 
 
-def first_half(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+def first_half(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:
     """Linear guidance of a network whose second half of channels is a learned variance, which is dropped."""
     return linear(negative, positive, scale).chunk(2, dim=1)[0]
 

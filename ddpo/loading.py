@@ -36,7 +36,7 @@ def load_pipeline(
     source = str(folder) if folder.is_dir() else str(path)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype, revision=revision, variant=variant, local_files_only=folder.is_dir()
+            source, dtype=dtype, revision=revision, variant=variant, local_files_only=folder.is_dir()
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model.path {source!r} could not be loaded: {_first_line(error)}") from error

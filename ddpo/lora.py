@@ -1,7 +1,8 @@
 """What is trained: a LoRA adapter by peft, or every weight; and how to step back to the pretrained model.
 
 LoRA (Hu et al., arXiv:2106.09685) adds (alpha / rank) B @ A to chosen layers. Switching it off gives the pretrained
-model from the same weights, so a reference for the KL costs no second copy. Adapter weights are float32 whatever the base.
+model from the same weights, so a reference for the KL costs no second copy. Adapter weights are float32 whatever the
+base.
 """
 
 import copy
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal
 
 import peft
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -91,7 +92,6 @@ def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None
                 f"adapter.target_modules {tuple(targets)} match no layer of {type(denoiser).__name__}; "
                 f"its adaptable layers are called {', '.join(layers)}"
             ) from error
-    denoiser._hf_peft_config_loaded = True  # what diffusers' own add_adapter sets; its loaders look at it
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -133,7 +133,7 @@ def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
     Most tools read a LoRA without its metadata as alpha = rank; with the scale in the weights that is right.
     """
-    settings = denoiser.peft_config[ADAPTER]
+    settings: peft.LoraConfig = vars(denoiser)["peft_config"][ADAPTER]
     scale = settings.lora_alpha / settings.r
     state = peft.get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     return {
@@ -142,7 +142,7 @@ def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module, folder: Path) -> None:
+def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin, folder: Path) -> None:
     """Writes what was trained in diffusers' own format.
 
     A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`; fully trained weights to `folder/<name>`,

@@ -6,13 +6,14 @@ where (x0_hat, eps_hat) is what the denoiser predicts after classifier-free guid
 schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ddpo import lora
@@ -23,7 +24,7 @@ from ddpo.guidance import GuidanceRule, no_guidance
 from ddpo.loading import load_pipeline
 from ddpo.prediction import predict
 from ddpo.samplers import SamplerConfig, make_schedule
-from ddpo.schedule import clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, find_denoiser, find_rule, trace
 from ddpo.trajectory import Condition
 
@@ -78,7 +79,7 @@ class Policy:
         self.sampler = sampler
         self.device = torch.device(device)
         self.name = find_denoiser(pipeline)
-        module: nn.Module = getattr(pipeline, self.name)
+        module: ModelMixin = getattr(pipeline, self.name)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
@@ -116,7 +117,7 @@ class Policy:
             sampler: How to sample; default 50 DDIM steps with eta 1 and guidance 5.
             adapter: What to train; default LoRA of rank 16 on the attention projections.
             precision: Of the network.
-            device: Where to run; default the first GPU, else the CPU.
+            device: Where to run; default this process's GPU, else the CPU.
             offload: Keep text encoders and VAE on the CPU when they are not in use.
             revision: Of the hub repository.
             variant: Of the weight files, such as `fp16`.
@@ -132,7 +133,7 @@ class Policy:
             sampler=sampler or SamplerConfig(),
             adapter=adapter or lora.LoraConfig(),
             precision=precision,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device or default_device(),
             offload=offload,
             seed=seed,
         )
@@ -286,25 +287,27 @@ class Policy:
         """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
         steps = self._trace(PROBE_PROMPTS[:2])
         (three,) = self._trace(PROBE_PROMPTS, num_steps=1)
-        scheduler = self.pipeline.scheduler
-        self._kind = prediction_type(scheduler)
+        self._kind = prediction_type(self.pipeline.scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
         times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
-        self.schedule, self._ode = (
-            make_schedule(
-                sampler,
-                noise_grid(scheduler),
-                model_time=times,
-                is_flow=self._kind == "flow",
-                clip=clip_range(scheduler),
-            ).to(self.device, torch.float32)
-            for sampler in (self.sampler, replace(self.sampler, kind="ode"))
-        )
+        self.schedule: Schedule = self._make_schedule(self.sampler, times)
+        self._ode: Schedule = self._make_schedule(replace(self.sampler, kind="ode"), times)
         self.denoiser.learn_arguments(steps[0], three)
         with self.denoiser.autocast():
             (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)
         self.rule = find_rule(real, self._replay)
         self.unguided = GuidanceRule(name="unguided", layout="single", combine=no_guidance)
+
+    def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
+        scheduler = self.pipeline.scheduler
+        schedule = make_schedule(
+            sampler,
+            noise_grid(scheduler),
+            model_time=times,
+            is_flow=self._kind == "flow",
+            clip=clip_range(scheduler),
+        )
+        return schedule.to(self.device, torch.float32)
 
     def _replay(self, rule: GuidanceRule, step: Step) -> Tensor:
         """The model output of a recorded first step, by our own call under `rule`."""
@@ -323,3 +326,10 @@ class Policy:
                 for side in (condition.positive, condition.negative)
             )
             self._encoded[prompt] = (positive, negative)
+
+
+def default_device() -> torch.device:
+    """This process's GPU (the launcher's LOCAL_RANK), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

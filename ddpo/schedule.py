@@ -8,7 +8,7 @@ Each model family's forward marginal is x_k = a_k x_0 + s_k eps: a = sqrt(abar),
 T is the number of steps; all tensors of a schedule have shape (T,).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -74,13 +74,16 @@ class Schedule:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Schedule":
         """The same schedule on another device; `dtype` applies to the coefficients, not to `model_time`."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                is_coefficient = field.name not in ("model_time", "stochastic")
-                moved[field.name] = value.to(device, dtype if is_coefficient else None)
-        return replace(self, **moved)
+        return Schedule(
+            model_time=self.model_time.to(device),
+            a=self.a.to(device, dtype),
+            s=self.s.to(device, dtype),
+            a_next=self.a_next.to(device, dtype),
+            direction=self.direction.to(device, dtype),
+            std=self.std.to(device, dtype),
+            stochastic=self.stochastic.to(device),
+            clip=self.clip,
+        )
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -1,9 +1,9 @@
 """Learns how a stock diffusers pipeline calls its denoiser, by running it once with the expensive parts hollowed out.
 
 The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns zeros and its scheduler's
-`step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument of every
-denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes the same
-calls itself, so that no model family needs code of its own.
+`step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument
+of every denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes
+the same calls itself, so that no model family needs code of its own.
 """
 
 import inspect
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ def find_denoiser(pipeline: DiffusionPipeline) -> str:
     return names[0]
 
 
-def call_names(denoiser: nn.Module) -> CallNames:
+def call_names(denoiser: ModelMixin) -> CallNames:
     """How the denoiser's forward names its latents (the first parameter) and its timestep.
 
     Raises:
@@ -99,7 +99,7 @@ def call_names(denoiser: nn.Module) -> CallNames:
 
 def trace(
     pipeline: DiffusionPipeline,
-    denoiser: nn.Module,
+    denoiser: ModelMixin,
     arguments: Mapping[str, object],
     *,
     num_steps: int | None = None,
@@ -139,9 +139,8 @@ def trace(
             raise _StopTracing
         return (sample,) if hollow else stock_step(model_output, timestep, sample, **options)
 
-    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step):
-        with suppress(_StopTracing):
-            pipeline(**arguments)
+    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step), suppress(_StopTracing):
+        pipeline(**arguments)
     if not steps or any(not entry.calls for entry in steps):
         raise UntraceableError(
             f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
@@ -209,7 +208,7 @@ def unflatten(flat: Mapping[str, object]) -> dict[str, object]:
 
 
 @contextmanager
-def hollowed(denoiser: nn.Module) -> Iterator[None]:
+def hollowed(denoiser: ModelMixin) -> Iterator[None]:
     """The denoiser returns zeros of the right shape, for the time of a `with` block."""
     names, signature = call_names(denoiser), inspect.signature(denoiser.forward)
 
@@ -240,7 +239,7 @@ def _bind(
     bound = dict(signature.bind(*positional, **keywords).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))  # type: ignore[call-overload]
+            bound.update(bound.pop(name, {}))
     return bound
 
 
@@ -252,7 +251,7 @@ def _record(bound: Mapping[str, object], names: CallNames) -> Call:
     return Call(latents=latents, timestep=torch.as_tensor(timestep), arguments=flatten(rest))
 
 
-def _hollow_output(denoiser: nn.Module, bound: Mapping[str, object], names: CallNames) -> object:
+def _hollow_output(denoiser: ModelMixin, bound: Mapping[str, object], names: CallNames) -> object:
     latents = bound[names.latents]
     assert isinstance(latents, Tensor)
     config = denoiser.config

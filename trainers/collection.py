@@ -10,15 +10,13 @@ from torch import Tensor
 
 from ddpo import Experience, Trajectory, path_kl, rollout, sample_seeds
 from ddpo.advantages import Advantages
-from rewards import Scores
+from rewards import RewardError, Scores
 from trainers.metrics import Stopwatch
-from trainers.plan import BatchPlan
+from trainers.plan import KL_SAMPLES, BatchPlan
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.scoring import Scorer
 from trainers.state import TrainState
-
-KL_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,9 @@ def collect(
     guided = config.objective.train_guidance == "same"
     drawn = [prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size)]
     own = processes.share(len(drawn))
-    parts, pictures, start = [], [], own.start
+    parts: list[Trajectory] = []
+    pictures: list[Tensor] = []
+    start = own.start
     for size in progress.track(plan.sample_batches, "sampling"):
         batch = drawn[start : start + size]
         with clock("sample"):
@@ -83,7 +83,7 @@ def collect(
         kl = trajectory.kl if penalised else path_kl(state.policy, trajectory.first(KL_SAMPLES), guided=guided)
     assert kl is not None
     with clock("reward"):
-        scores = _gather_scores(scorer.collect(), processes)
+        scores = _gather_scores(_collect_scores(scorer, processes), processes)
     state.reward.update(scores.components)
     scores = Scores(total=state.reward.total(scores.components), components=scores.components)
     everyones_kl = processes.gather(kl).cpu()
@@ -115,6 +115,20 @@ def collect(
         images=torch.cat(pictures)[: config.tracking.num_pictures],
         prompts=tuple(prompt.text for prompt in drawn),
     )
+
+
+def _collect_scores(scorer: Scorer, processes: Processes) -> Scores:
+    """This process's scores; a reward that fails on any process ends the run on all, with the same message."""
+    scores, failure = None, None
+    try:
+        scores = scorer.collect()
+    except RewardError as error:
+        failure = error
+    messages = [message for message in processes.gather_json(failure and str(failure)) if message is not None]
+    if messages:
+        raise failure or RewardError(str(messages[0]))
+    assert scores is not None
+    return scores
 
 
 def _gather_scores(scores: Scores, processes: Processes) -> Scores:

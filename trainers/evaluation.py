@@ -7,7 +7,7 @@ that two evaluations differ by the weights alone and compare image by image.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
 
 KL = "kl (nats)"
+_IMAGES = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,15 @@ class Evaluation:
     def pictures(self) -> Tensor:
         """The images as (E, 3, H, W) float32 in [0, 1]."""
         return self.images.float() / 255
+
+    def rescored(self, reward: WeightedSum) -> "Evaluation":
+        """The same images with `reward` recomputed by the present scales, for comparison with a later evaluation."""
+        values = dict(self.values)
+        for prefix in ("", "ode/"):
+            if f"{prefix}reward" in values:
+                components = {r.name: values[f"{prefix}{r.name}"] for r in reward.rewards}
+                values[f"{prefix}reward"] = reward.total(components)
+        return replace(self, values=values)
 
     def save(self, folder: Path, name: str) -> None:
         """Writes `<name>.safetensors`: values and images."""
@@ -141,16 +151,17 @@ class Evaluator:
             self._batch(policy, reward, heldout, range(start, min(start + self._batch_size, own.stop)), ode=ode)
             for start in self._progress.track(starts, label)
         ]
-        everything = [part for process in self._processes.gather_objects(parts) for part in process]  # type: ignore[attr-defined]
-        values = {name: torch.cat([part[0][name] for part in everything]) for name in everything[0][0]}
-        images = torch.cat([part[1] for part in everything])
+        own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        everyones = self._processes.gather_tensors(own_values)
+        values = {name: torch.cat([part[name] for part in everyones]) for name in own_values}
+        images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
             values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
     def _batch(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> dict[str, Tensor]:
         batch = [self.prompts[i] for i in indices]
         condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
         seeds = sample_seeds(self._config.seed, 0, indices)
@@ -164,7 +175,10 @@ class Evaluator:
             values |= {f"heldout/{name}": value for name, value in held.components.items()}
         if trajectory.kl is not None:
             values[KL] = trajectory.kl.sum(1).cpu()
-        return {name: value.float() for name, value in values.items()}, (images * 255).round().to(torch.uint8).cpu()
+        return {
+            **{name: v.float() for name, v in values.items()},
+            _IMAGES: (images * 255).round().to(torch.uint8).cpu(),
+        }
 
 
 def diversity(images: Tensor, images_per_prompt: int) -> Tensor:

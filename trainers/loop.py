@@ -15,8 +15,16 @@ from pathlib import Path
 from ddpo import Policy
 from ddpo.kl import next_alpha
 from ddpo.objectives import policy_gradient
-from rewards import RewardTerm, WeightedSum, as_reward
-from trainers.checkpoint import checkpoint_path, discard_after, latest_checkpoint, load_checkpoint, prune
+from rewards import RewardError, RewardTerm, WeightedSum, as_reward
+from trainers.checkpoint import (
+    CheckpointError,
+    checkpoint_epoch,
+    checkpoint_path,
+    discard_after,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+)
 from trainers.collection import Collected, collect
 from trainers.config import Config
 from trainers.config_io import load_resumed, to_yaml
@@ -24,11 +32,12 @@ from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
 from trainers.metrics import Stopwatch
 from trainers.pictures import caption, grid, save_curves, to_pil
 from trainers.plan import BatchPlan, make_plan
+from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.report import epoch_line, epoch_row, scalars, spread, write_comparison
-from trainers.run import RunFolder, read_metrics
+from trainers.run import Metric, RunFolder, read_metrics
 from trainers.scoring import Scorer
 from trainers.state import TrainState
 from trainers.tracking import Picture, Tracker, open_trackers
@@ -98,8 +107,10 @@ def train(
         session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=0)
     else:
         run = RunFolder.open(resume)
-        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=1)
-        _restore(session, latest_checkpoint(run.path))
+        source = _source(run, None)
+        first_step = checkpoint_epoch(source) + 1
+        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=first_step)
+        _restore(session, source)
     return _train(session)
 
 
@@ -134,29 +145,11 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
     """
     folder = RunFolder.open(run)
     config = load_resumed(folder.path / "config.yaml", overrides)
-    source = latest_checkpoint(folder.path) if checkpoint is None else folder.checkpoints / checkpoint
+    source = _source(folder, checkpoint)
     processes = Processes(device=config.model.device)
-    session = _load(config, processes, folder, first_step=1)
+    session = _load(config, processes, folder, first_step=checkpoint_epoch(source) + 1)
     _restore(session, source)
     return _train(session)
-
-
-def load_policy(config: Config, device: str) -> Policy:
-    """The policy of a configuration, at its pretrained weights."""
-    policy = Policy.from_pretrained(
-        config.model.path,
-        sampler=config.sampler,
-        adapter=config.adapter,
-        precision=config.model.precision,
-        device=device,
-        offload=config.model.offload,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        seed=config.seed,
-    )
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing()
-    return policy
 
 
 # ---- setting up ------------------------------------------------------------------------------------------------------
@@ -166,7 +159,7 @@ def _create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder
     """Makes the folder on the main process and tells the others its name."""
     stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
     made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
-    path = processes.gather_objects(made and str(made.path))[0]
+    path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
     return made or RunFolder(path=Path(path))
 
@@ -196,8 +189,8 @@ def _session(
     num_stochastic = len(policy.schedule.stochastic_steps)
     if num_stochastic == 0:
         raise ValueError(
-            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there is "
-            "no log-probability to train; use sampler.kind: ddim with eta > 0 (flow models: flow_sde, dance_sde or cps)"
+            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
+            "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
         )
     plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
@@ -229,11 +222,17 @@ def _session(
     )
 
 
-def _restore(session: Session, source: Path | None) -> None:
+def _source(run: RunFolder, checkpoint: str | None) -> Path:
+    """The checkpoint folder to resume from."""
+    source = latest_checkpoint(run.path) if checkpoint is None else run.checkpoints / checkpoint
+    if source is None:
+        raise CheckpointError(f"{run.path} has no checkpoint to resume from; start it again under another run.name")
+    return source
+
+
+def _restore(session: Session, source: Path) -> None:
     """Puts a session where a checkpoint left it, and the run folder's records with it."""
     run, processes = session.run, session.processes
-    if source is None:
-        raise ValueError(f"{run.path} has no checkpoint yet to resume from; start it again under another run.name")
     session.state.load(*load_checkpoint(source), processes)
     if processes.is_main:
         run.note_resume(source.name)
@@ -260,7 +259,13 @@ def _train(session: Session) -> Path:
             if out_of_time:
                 break
             clock = Stopwatch(state.policy.device)
-            collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
+            position = state.prompts.position
+            try:
+                collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
+            except RewardError:
+                state.prompts.position = position
+                _checkpoint(session)
+                raise
             with clock("train"):
                 report = update(
                     state, objective, collected.experience, session.plan, session.processes, session.progress
@@ -286,7 +291,7 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
     if not session.processes.is_main:
         return
     state = session.state
-    row = {**epoch_row(state, collected, report, clock), "kl/alpha": alpha}
+    row: dict[str, Metric] = {**epoch_row(state, collected, report, clock), "kl/alpha": alpha}
     session.run.append_metrics(row)
     session.progress.line(epoch_line(row))
     session.tracker.log(scalars(row), step=state.epoch)
@@ -327,15 +332,15 @@ def _finish(session: Session, evaluations: Path) -> None:
     state, run = session.state, session.run
     state.export(run.lora)
     texts = session.evaluator.texts
-    before = Evaluation.load(evaluations, "epoch_000000", texts)
-    after = Evaluation.load(evaluations, f"epoch_{state.epoch:06d}", texts)
+    before = Evaluation.load(evaluations, "epoch_000000", texts).rescored(state.reward)
+    after = Evaluation.load(evaluations, f"epoch_{state.epoch:06d}", texts).rescored(state.reward)
     table = write_comparison(run.path, before, after, num_pictures=state.config.tracking.num_pictures)
     save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
     shown = spread(len(texts), state.config.tracking.num_pictures)
     pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in shown]
     session.tracker.images("final", pictures, step=state.epoch)
     session.tracker.close()
-    print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)
+    print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)  # noqa: T201
 
 
 def _due(epoch: int, every: int) -> bool:
@@ -344,4 +349,4 @@ def _due(epoch: int, every: int) -> bool:
 
 def _agreed(processes: Processes, value: bool) -> bool:
     """The main process's answer, so that all stop at the same epoch."""
-    return bool(processes.gather_objects(value)[0])
+    return bool(processes.gather_json(value)[0])

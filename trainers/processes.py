@@ -4,8 +4,10 @@ Everything a rank decides alone is derived from global numbers (sample index, ep
 depend on the number of processes beyond rounding.
 """
 
+import json
+
+import safetensors.torch
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -47,13 +49,24 @@ class Processes:
         """Rows of all processes in rank order; every process passes the same number of rows."""
         return values if self.count == 1 else self._accelerator.gather(values.to(self.device)).to(values.device)
 
-    def gather_objects(self, value: object) -> list[object]:
-        """One value of each process, in rank order, on every process."""
+    def gather_json(self, value: object) -> list[object]:
+        """One JSON-able value of each process, in rank order, on every process."""
+        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
+
+    def gather_tensors(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """One dictionary of tensors of each process, of any shapes, in rank order, on every process's CPU."""
+        own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return [safetensors.torch.load(data) for data in self._gather_bytes(safetensors.torch.save(own))]
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        """Byte strings of different lengths, padded to one tensor: collectives for objects would pickle."""
         if self.count == 1:
-            return [value]
-        everything: list[object] = [None] * self.count
-        dist.all_gather_object(everything, value)
-        return everything
+            return [data]
+        lengths = self.gather(torch.tensor([len(data)])).tolist()
+        padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
+        padded[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self.gather(padded)
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over processes, elementwise."""

@@ -12,14 +12,15 @@ from trainers.collection import Collected
 from trainers.evaluation import Evaluation, Measure
 from trainers.metrics import Stopwatch, memory_gib
 from trainers.pictures import side_by_side
+from trainers.run import Metric
 from trainers.state import TrainState
 from trainers.update import UpdateReport
 
 WALL_CLOCK = ("seconds/", "time/", "images_per_second", "memory_gib")
 
 
-def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clock: Stopwatch) -> dict[str, object]:
-    """The metrics of an epoch. Keys beginning with one of `WALL_CLOCK` vary from run to run; all others are reproducible.
+def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clock: Stopwatch) -> dict[str, Metric]:
+    """The metrics of an epoch. Keys beginning with one of `WALL_CLOCK` vary between runs; others are exact.
 
     Args:
         state: After the epoch.
@@ -57,7 +58,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
     }
 
 
-def scalars(row: Mapping[str, object]) -> dict[str, float]:
+def scalars(row: Mapping[str, Metric]) -> dict[str, float]:
     """A metrics row for trackers: numbers only, a list as one entry per step (`per_step/kl_nats/03`)."""
     flat: dict[str, float] = {}
     for name, value in row.items():
@@ -68,7 +69,7 @@ def scalars(row: Mapping[str, object]) -> dict[str, float]:
     return {name: value for name, value in flat.items() if math.isfinite(value)}
 
 
-def epoch_line(row: Mapping[str, object]) -> str:
+def epoch_line(row: Mapping[str, Metric]) -> str:
     """One line for the terminal."""
     return (
         f"epoch {row['epoch']:>4}  reward {row['reward/mean']:.4f}  KL {row['kl/path_nats']:.3g} nats  "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,13 +89,12 @@ class TrainState:
 
     def save(self, folder: Path, processes: Processes) -> None:
         """Writes a checkpoint; called on every process, written by the main one."""
-        states = processes.gather_objects(rng_state())
+        rng_tensors, rng_values = rng_state()
+        everyones_tensors, everyones_values = processes.gather_tensors(rng_tensors), processes.gather_json(rng_values)
         if processes.is_main:
-            tensors, values = self._tensors(), self._values()
-            for rank, (rng_tensors, rng_values) in enumerate(states):  # type: ignore[misc]
-                tensors[f"rng_{rank}"] = rng_tensors
-                values["rng"][str(rank)] = rng_values  # type: ignore[index]
-            save_checkpoint(folder, tensors=tensors, values=values, extra=self.export)
+            random = {f"rng_{rank}": tensors for rank, tensors in enumerate(everyones_tensors)}
+            values = {**self._values(), "rng": {str(rank): state for rank, state in enumerate(everyones_values)}}
+            save_checkpoint(folder, tensors={**self._tensors(), **random}, values=values, extra=self.export)
         processes.wait()
 
     def export(self, folder: Path) -> None:
@@ -103,7 +103,7 @@ class TrainState:
             self.policy.save(folder)
 
     def load(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, object], processes: Processes
+        self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], processes: Processes
     ) -> None:
         """Continues from a checkpoint's contents.
 
@@ -114,24 +114,22 @@ class TrainState:
         _load_optimizer(self.optimizer, list(self.policy.trainable()), tensors["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(values["scaler"])
-        self.advantages.load_state_dict(values["advantages"])  # type: ignore[arg-type]
-        self.reward.load_state_dict(values["reward"])  # type: ignore[arg-type]
-        self.prompts.position = values["prompts"]  # type: ignore[assignment]
-        self.ema.steps = values["ema_steps"]  # type: ignore[assignment]
+        self.advantages.load_state_dict(values["advantages"])
+        self.reward.load_state_dict(values["reward"])
+        self.prompts.position = values["prompts"]
+        self.ema.steps = values["ema_steps"]
         for name in self.counters:
             setattr(self, name, values[name])
         rank = str(processes.rank)
-        if rank in values["rng"]:  # type: ignore[operator]
-            set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])  # type: ignore[index]
+        if rank in values["rng"]:
+            set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        names = list(self.policy.trainable())
         moments = {}
         for name, parameter in self.policy.trainable().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{key}.{name}"] = torch.as_tensor(value)
         weights = {name: value.detach() for name, value in self.policy.trainable().items()}
-        assert list(weights) == names
         groups = {"weights": weights, "optimizer": moments}
         return {**groups, "ema": self.ema.average} if self.ema.average else groups
 
@@ -143,7 +141,6 @@ class TrainState:
             "reward": self.reward.state_dict(),
             "prompts": self.prompts.position,
             "ema_steps": self.ema.steps,
-            "rng": {},
         }
 
     def _load_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

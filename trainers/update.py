@@ -155,10 +155,10 @@ def check_gate(gate: Tensor, experience: Experience, tolerance: float) -> Tensor
         raise GateError(
             "before the first update, the log-probabilities recomputed in training differ from those of sampling by "
             f"{float(gate[worst]):.3g} nats on average at step {worst} (tolerance {tolerance:g} nats per dimension x "
-            f"{dims} dimensions = {tolerance * dims:.3g}): importance ratios would be wrong. Causes: dropout or another "
-            "source of randomness in the network, different precision or weights in the two phases, or batch-dependent "
-            "kernels (try equal sample_batch_size and train_batch_size, or model.precision: fp32). If this size is "
-            "expected, raise gate_tolerance."
+            f"{dims} dimensions = {tolerance * dims:.3g}): importance ratios would be wrong. Causes: dropout or other "
+            "randomness in the network, different precision or weights in the two phases, or batch-dependent kernels "
+            "(try equal sample_batch_size and train_batch_size, or model.precision: fp32). If this size is expected, "
+            "raise gate_tolerance."
         )
     return gate
 

@@ -1,0 +1,100 @@
+"""How much an epoch costs over its bare denoiser calls, measured side by side in one process.
+
+The floor makes the same network calls as an epoch, with the same rows, gradients and order, and nothing around them: no
+sampling arithmetic, decoding, rewards, advantages, log-probabilities, optimizer or logging. Both are run in turn and
+their medians compared.
+
+    python benchmarks/epoch_floor.py configs/shapes_ppo.yaml
+    python benchmarks/epoch_floor.py configs/shapes_ppo.yaml --sampler.guidance_scale 5 --batch.samples_per_epoch 64
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from ddpo import Policy
+from ddpo.objectives import policy_gradient
+from rewards import WeightedSum
+from trainers.collection import collect
+from trainers.config_io import load_config
+from trainers.metrics import Stopwatch
+from trainers.plan import BatchPlan, make_plan
+from trainers.policies import load_policy
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import PromptStream, load_prompts
+from trainers.scoring import Scorer
+from trainers.state import TrainState
+from trainers.update import update
+
+
+def floor(policy: Policy, plan: BatchPlan, prompts: list[str]) -> float:
+    """Seconds of an epoch's denoiser calls alone."""
+    condition = policy.encode(prompts)
+    x = torch.randn(len(prompts), *policy.latent_shape, device=policy.device)
+    started = time.perf_counter()
+
+    def call(rows: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
+        time_ = policy.schedule.model_time[k].expand(len(rows))
+        _, positive = policy.denoiser.branches(x[rows], time_, condition.index(rows), policy.rule)
+        return positive
+
+    with torch.no_grad():
+        first = 0
+        for size in plan.sample_batches:
+            rows = torch.arange(first, first + size)
+            for k in range(plan.num_steps):
+                call(rows, k)
+            first += size
+    for _ in range(plan.inner_epochs):
+        for count in plan.transitions_per_update:
+            for piece in torch.arange(count).split(plan.train_batch_size):
+                call(piece % len(prompts), piece % plan.num_steps).float().square().mean().backward()
+            for parameter in policy.trainable().values():
+                parameter.grad = None
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs timed, after one warm-up (default 5)")
+    options, overrides = parser.parse_known_args()
+    config = load_config(options.config, overrides)
+    processes, progress = Processes(device=config.model.device), Progress(enabled=False)
+    policy = load_policy(config, str(processes.device))
+    plan = make_plan(config, num_processes=1, num_stochastic=len(policy.schedule.stochastic_steps))
+    reward = WeightedSum(config.rewards, device=policy.device)
+    state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
+    objective = policy_gradient(config.objective)
+    print(plan.describe())
+    epochs, floors, phases = [], [], {}
+    with Scorer(reward) as scorer:
+        for turn in range(options.rounds + 1):
+            clock = Stopwatch(policy.device)
+            started = time.perf_counter()
+            collected = collect(state, plan, processes, scorer, progress, clock)
+            with clock("train"):
+                update(state, objective, collected.experience, plan, processes, progress)
+            epoch = time.perf_counter() - started
+            bare = floor(policy, plan, list(collected.prompts))
+            state.epoch += 1
+            if turn > 0:
+                epochs.append(epoch)
+                floors.append(bare)
+                for phase, seconds in clock.seconds.items():
+                    phases.setdefault(phase, []).append(seconds)
+    ratios = [epoch / bare for epoch, bare in zip(epochs, floors, strict=True)]
+    middle = statistics.median
+    print(f"\nepoch {middle(epochs):.3f} s, floor {middle(floors):.3f} s (medians of {options.rounds})")
+    print(f"epoch / floor: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    print("phases: " + ", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in phases.items()))
+
+
+if __name__ == "__main__":
+    main()

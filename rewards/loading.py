@@ -1,0 +1,66 @@
+"""Import a Python file by its path, or a module by its name, with errors that say what to write instead."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_files: dict[Path, ModuleType] = {}
+
+
+def load(where: str) -> ModuleType:
+    """Import what stands before the colon of `file.py:name` or `module:name`.
+
+    Raises:
+        ValueError: there is no such file or module, or running the file failed (chained).
+        ImportError: the module needs another one that is not installed.
+    """
+    return load_file(Path(where)) if where.endswith(".py") else load_module(where)
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a Python file by its path, once per process.
+
+    Raises:
+        ValueError: no such file, or running it failed (chained).
+    """
+    full = path.expanduser().resolve()
+    if full in _files:
+        return _files[full]
+    if not full.is_file():
+        raise ValueError(f"no such file: {path} (looked for {full})")
+    name = f"ddpo_file_{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"running {path} failed with {type(error).__name__}: {error}") from error
+    _files[full] = module
+    return module
+
+
+def load_module(name: str) -> ModuleType:
+    """Import a module by its dotted name.
+
+    Raises:
+        ValueError: there is no such module, or this is not a module name.
+        ImportError: the module needs another one that is not installed.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is not a module name; write module:name or file.py:name")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise ImportError(f"importing {name} needs {error.name!r}, which is not installed") from error
+        near = Path(name.replace(".", "/") + ".py")
+        hint = f"write {near}:name" if near.is_file() else "install it, or write file.py:name"
+        raise ValueError(f"there is no module {name!r}; {hint}") from error

@@ -1,0 +1,258 @@
+"""From a name to a reward, once, at the configuration boundary.
+
+    jpeg_compressibility        a registered name: built in, registered by your code, or an installed plug-in
+    my_rewards.py:sharpness     a function or class in a file
+    my_package.scores:sharpness a function or class in an importable module
+
+A function is used as it is. A class is constructed with `device` and the options of the configuration as keyword
+arguments; its instances are then the reward functions. Installed packages offer rewards through the entry point group
+`ddpo.rewards`. Built-in modules are imported when one of their names is first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import TypeVar, cast, overload
+
+import torch
+
+from rewards.base import Reward, RewardFunction
+from rewards.construct import Registration, construct
+from rewards.loading import load, load_file
+
+__all__ = ["as_reward", "available", "find", "load_file", "register", "resolve"]
+
+ENTRY_POINT_GROUP = "ddpo.rewards"
+
+BUILT_IN = {
+    "jpeg_compressibility": "rewards.jpeg",
+    "jpeg_incompressibility": "rewards.jpeg",
+    "brightness": "rewards.color",
+    "redness": "rewards.color",
+    "greenness": "rewards.color",
+    "blueness": "rewards.color",
+    "shapes": "rewards.shapes.reward",
+    "shapes_strict": "rewards.shapes.reward",
+    "shapes_partial": "rewards.shapes.reward",
+}
+
+Target = TypeVar("Target", bound=Callable[..., object])
+
+_registrations: dict[str, Registration] = {}
+
+
+@overload
+def register(name: Target) -> Target: ...
+@overload
+def register(
+    name: str | None = None,
+    *,
+    differentiable: bool = False,
+    range: tuple[float, float] | None = None,
+    description: str = "",
+) -> Callable[[Target], Target]: ...
+def register(
+    name: Target | str | None = None,
+    *,
+    differentiable: bool = False,
+    range: tuple[float, float] | None = None,
+    description: str = "",
+) -> Target | Callable[[Target], Target]:
+    """Register a reward function or class under a name; returns it unchanged.
+
+    Args:
+        name: the name used in configurations; the function's own name when left out (`@register` alone works too).
+        differentiable: whether gradients reach the images through it.
+        range: lowest and highest value, infinities allowed.
+        description: one sentence for `ddpo rewards list`; the docstring's first line when empty.
+
+    Raises:
+        ValueError: the name is taken by another reward, or is not usable as a name.
+    """
+    if name is not None and not isinstance(name, str):
+        _add(_describe(name, None))
+        return name
+
+    def decorate(target: Target) -> Target:
+        _add(_describe(target, name, differentiable=differentiable, range=range, description=description))
+        return target
+
+    return decorate
+
+
+def resolve(spec: str, *, device: torch.device | str = "cpu", options: Mapping[str, object] | None = None) -> Reward:
+    """Find a reward by name and make it ready to call.
+
+    Args:
+        spec: a registered name, `file.py:name`, or `module:name`.
+        device: where a reward with weights puts them; passed to classes only.
+        options: keyword arguments for a reward class.
+
+    Raises:
+        ValueError: nothing goes by that name, or the options do not fit; the message says what would.
+        ImportError: the reward needs an optional dependency; the message names the extra to install.
+    """
+    return construct(find(spec), device=device, options=options or {})
+
+
+def find(spec: str) -> Registration:
+    """Find a reward's registration without constructing it; see `resolve` for the forms of `spec`."""
+    spec = spec.strip()
+    where, colon, name = spec.rpartition(":")
+    if colon:
+        return _find_in(load(where), name, where=where)
+    if spec.endswith(".py"):
+        raise ValueError(f"reward {spec!r} names a file but not what is in it; write {spec}:name")
+    return _find_registered(spec)
+
+
+def as_reward(target: Callable[..., object], *, name: str | None = None) -> Reward:
+    """Wrap a reward function or a constructed reward object, using what `@register` noted about it if anything.
+
+    Args:
+        target: the callable; a `Reward` is returned as it is.
+        name: the name to show for an unregistered one instead of its own.
+    """
+    if isinstance(target, Reward):
+        return target
+    if inspect.isclass(target):
+        raise ValueError(f"{target.__name__} is a class; construct it first: {target.__name__}(device=...)")
+    noted = _noted(target) or _noted(type(target)) or _describe(target, name)
+    return noted.wrap(cast(RewardFunction, target))
+
+
+def available() -> dict[str, str]:
+    """Every name that `resolve` knows, sorted, with where it comes from; imports nothing."""
+    names = {point.name: f"entry point {point.value}" for point in entry_points(group=ENTRY_POINT_GROUP)}
+    names |= {name: f"built in ({module})" for name, module in BUILT_IN.items()}
+    names |= {name: noted.source for name, noted in _registrations.items()}
+    return dict(sorted(names.items()))
+
+
+# ------------------------------------------------------------------------------------------------ noting
+
+
+def _add(new: Registration) -> None:
+    if not new.name or any(letter.isspace() or letter in ":/" for letter in new.name):
+        raise ValueError(f"reward name {new.name!r} ({new.source}) must be non-empty, without spaces, ':' or '/'")
+    if new.range is not None and not (len(new.range) == 2 and new.range[0] < new.range[1]):
+        raise ValueError(
+            f"reward {new.name!r}: range must be (low, high), low < high, got {new.range!r} ({new.source})"
+        )
+    home = BUILT_IN.get(new.name)
+    old = _registrations.get(new.name)
+    taken_by = None
+    if home is not None and new.target.__module__ != home:
+        taken_by = f"the built-in module {home}"
+    elif old is not None and _identity(old.target) != _identity(new.target):
+        taken_by = old.source
+    if taken_by is not None:
+        raise ValueError(
+            f"reward name {new.name!r} is already taken by {taken_by}; "
+            f"give {new.source} another name: @register('other_name')"
+        )
+    _registrations[new.name] = new
+
+
+def _identity(target: object) -> tuple[str, str]:
+    """Module and qualified name: equal when a module is reloaded or a notebook cell is run again."""
+    return getattr(target, "__module__", ""), getattr(target, "__qualname__", type(target).__qualname__)
+
+
+def _describe(
+    target: Callable[..., object],
+    name: str | None,
+    *,
+    differentiable: bool = False,
+    range: tuple[float, float] | None = None,
+    description: str = "",
+) -> Registration:
+    own_name = getattr(target, "__name__", type(target).__name__)
+    return Registration(
+        name=own_name if name is None else name,
+        target=target,
+        differentiable=differentiable,
+        range=range,
+        description=description or (inspect.getdoc(target) or "").partition("\n")[0],
+        source=_source(target),
+    )
+
+
+def _source(target: object) -> str:
+    definition = target if inspect.isclass(target) or inspect.isfunction(target) else type(target)
+    label = ".".join(_identity(definition))
+    try:
+        return f"{label} ({inspect.getsourcefile(definition)}:{inspect.getsourcelines(definition)[1]})"
+    except (OSError, TypeError):  # defined in a console, or in C
+        return label
+
+
+# ----------------------------------------------------------------------------------------------- finding
+
+
+def _find_registered(name: str) -> Registration:
+    if name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name])
+        assert name in _registrations, f"{BUILT_IN[name]} does not register {name!r}"
+    noted = _registrations.get(name)
+    known = [] if noted is None else [noted.source]
+    points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
+    foreign = [point for point in points if noted is None or point.module != noted.target.__module__]
+    if len(foreign) + len(known) > 1:
+        sources = " and ".join(known + [f"entry point {point.value}" for point in foreign])
+        raise ValueError(f"reward name {name!r} is claimed by {sources}; uninstall one, or write it as module:name")
+    if foreign:
+        return _load_entry_point(foreign[0])
+    if noted is None:
+        raise ValueError(_unknown(name))
+    return noted
+
+
+def _load_entry_point(point: EntryPoint) -> Registration:
+    try:
+        target = point.load()
+    except Exception as error:
+        raise ValueError(
+            f"reward {point.name!r}: loading its entry point {point.value} failed with {type(error).__name__}: {error}"
+        ) from error
+    return _noted(target) or _describe_unregistered(target, point.name, where=f"entry point {point.value}")
+
+
+def _unknown(name: str) -> str:
+    names = list(available())
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}."
+    return f"unknown reward {name!r}; {hint} Your own function is written file.py:name or module:name"
+
+
+def _find_in(module: ModuleType, name: str, *, where: str) -> Registration:
+    """The reward of a module that is registered as `name` or is simply called so."""
+    own = {key: noted for key, noted in _registrations.items() if noted.target.__module__ == module.__name__}
+    if name in own:
+        return own[name]
+    if name in vars(module):
+        target = vars(module)[name]
+        return _noted(target) or _describe_unregistered(target, name, where=where)
+    defined = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    choices = sorted(set(own) | {key for key in defined if not key.startswith("_")})
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"it defines {', '.join(choices) or 'nothing'}"
+    raise ValueError(f"{where} has no reward {name!r}; {hint}")
+
+
+def _noted(target: object) -> Registration | None:
+    return next((noted for noted in _registrations.values() if noted.target is target), None)
+
+
+def _describe_unregistered(target: object, name: str, *, where: str) -> Registration:
+    if not callable(target):
+        raise ValueError(
+            f"{where}: {name!r} is a {type(target).__name__}, not a reward; a reward is a function "
+            f"(images, prompts, metadata) -> Tensor (B,), or a class whose instances are"
+        )
+    return _describe(target, name)

@@ -1,0 +1,153 @@
+"""The weighted sum: every part reported raw, scales as numpy's standard deviation, state that survives JSON."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards import Reward, RewardError, RewardTerm, WeightedSum
+from rewards.combine import Moments
+
+finite = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+def constant(name, *values, parts=None):
+    result = torch.tensor(values)
+    return Reward(name=name, function=lambda x, p, m: {"score": result, **parts} if parts else result)
+
+
+def test_total_is_the_weighted_sum_and_components_are_raw(images, prompts, metadata):
+    reward = WeightedSum([RewardTerm(name="brightness", weight=2.0), RewardTerm(name="redness", weight=-0.5)])
+    scores = reward(images, prompts, metadata)
+    assert list(scores.components) == ["brightness", "redness"]
+    expected = 2.0 * scores.components["brightness"] - 0.5 * scores.components["redness"]
+    torch.testing.assert_close(scores.total, expected)
+    torch.testing.assert_close(reward.total(scores.components), scores.total)
+
+
+def test_components_of_a_reward_are_prefixed_with_its_name(images, prompts, metadata):
+    reward = WeightedSum.of(constant("judge", 1.0, 2.0, 3.0, 4.0, parts={"count": torch.ones(4)}))
+    scores = reward(images, prompts, metadata)
+    assert list(scores.components) == ["judge", "judge/count"]
+    assert scores.total.tolist() == [1, 2, 3, 4]
+
+
+def test_normalised_terms_are_divided_by_the_running_std_once_updated(images, prompts, metadata):
+    made = [constant("large", 0.0, 100.0, 200.0, 300.0), constant("small", 0.4, 0.3, 0.2, 0.1)]
+    terms = [RewardTerm(name="large", normalize="std"), RewardTerm(name="small", normalize="std", weight=3.0)]
+    reward = WeightedSum(terms, rewards=made)
+    before = reward(images, prompts, metadata)
+    torch.testing.assert_close(before.total, before.components["large"] + 3 * before.components["small"])
+    reward.update(before.components)
+    after = reward(images, prompts, metadata)
+    large, small = (np.asarray(after.components[name]) for name in ("large", "small"))
+    np.testing.assert_allclose(after.total.numpy(), large / large.std() + 3 * small / small.std(), rtol=1e-6)
+    assert after.components["large"].tolist() == before.components["large"].tolist()
+
+
+def test_update_leaves_unnormalised_terms_alone(images, prompts, metadata):
+    reward = WeightedSum.of(constant("large", 0.0, 100.0, 200.0, 300.0))
+    reward.update(reward(images, prompts, metadata).components)
+    assert reward.scale("large") == 1.0
+
+
+def test_equal_scores_are_not_blown_up(images, prompts, metadata):
+    reward = WeightedSum([RewardTerm(name="dead", normalize="std")], rewards=[constant("dead", 0.1, 0.1, 0.1, 0.1)])
+    for _ in range(3):
+        reward.update(reward(images, prompts, metadata).components)
+    assert reward.scale("dead") == 1.0
+    assert torch.equal(reward(images, prompts, metadata).total, torch.full((4,), 0.1))
+
+
+@given(batches=st.lists(st.lists(finite, max_size=8), min_size=1, max_size=6))
+def test_running_moments_equal_numpys_over_everything_seen(batches):
+    moments = Moments()
+    for batch in batches:
+        moments = moments.including(torch.tensor(batch, dtype=torch.float64))
+    seen = np.concatenate([np.array(batch, dtype=np.float64) for batch in batches])
+    assert moments.count == len(seen)
+    if len(seen):
+        size = max(1.0, float(np.abs(seen).max()))
+        assert moments.mean == pytest.approx(seen.mean(), abs=1e-9 * size)
+        assert moments.std == pytest.approx(seen.std(), abs=1e-6 * size)
+
+
+def test_moments_survive_a_large_offset():
+    values = torch.arange(1000, dtype=torch.float64) % 7 + 1e9
+    moments = Moments()
+    for batch in values.split(100):
+        moments = moments.including(batch)
+    assert moments.std == pytest.approx(float(np.std(np.arange(1000) % 7)), rel=1e-6)
+
+
+def test_processes_that_update_with_the_same_scores_agree(images, prompts, metadata):
+    terms = [RewardTerm(name="brightness", normalize="std"), RewardTerm(name="redness", normalize="std")]
+    one, two = WeightedSum(terms), WeightedSum(terms)
+    gathered = one(images, prompts, metadata).components
+    one.update(gathered)
+    two.update(gathered)
+    first, second = one(images[:2], prompts[:2], metadata[:2]), two(images[2:], prompts[2:], metadata[2:])
+    torch.testing.assert_close(torch.cat([first.total, second.total]), one(images, prompts, metadata).total)
+
+
+def test_state_survives_json_exactly(images, prompts, metadata):
+    terms = [RewardTerm(name="brightness", normalize="std"), RewardTerm(name="jpeg_compressibility", normalize="std")]
+    one, two = WeightedSum(terms), WeightedSum(terms)
+    one.update(one(images, prompts, metadata).components)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert two.state_dict() == one.state_dict()
+    assert torch.equal(two(images, prompts, metadata).total, one(images, prompts, metadata).total)
+
+
+def test_state_of_other_rewards_is_refused():
+    saved = WeightedSum([RewardTerm(name="brightness")]).state_dict()
+    with pytest.raises(ValueError, match=r"statistics are of brightness, this run's rewards are redness"):
+        WeightedSum([RewardTerm(name="redness")]).load_state_dict(saved)
+
+
+def test_gradients_pass_through_the_sum(images, prompts, metadata):
+    reward = WeightedSum([RewardTerm(name="brightness"), RewardTerm(name="redness", weight=2.0)])
+    assert reward.differentiable
+    pixels = images.clone().requires_grad_()
+    reward.differentiable_score(pixels, prompts, metadata).total.sum().backward()
+    per_channel = torch.tensor([0.299 + 2, 0.587 - 1, 0.114 - 1]) / 256
+    torch.testing.assert_close(pixels.grad, per_channel.view(1, 3, 1, 1).expand_as(images))
+
+
+def test_one_undifferentiable_term_makes_the_sum_so(images, prompts, metadata):
+    reward = WeightedSum([RewardTerm(name="brightness"), RewardTerm(name="jpeg_compressibility")])
+    assert not reward.differentiable
+    with pytest.raises(ValueError, match="'jpeg_compressibility' is not differentiable"):
+        reward.differentiable_score(images, prompts, metadata)
+
+
+def test_errors_of_a_term_name_the_term(images, prompts, metadata):
+    reward = WeightedSum.of(constant("good", 1.0, 1.0, 1.0, 1.0), constant("bad", 1.0, float("nan"), 1.0, 1.0))
+    with pytest.raises(RewardError, match=r"'bad'.*sample 1"):
+        reward(images, prompts, metadata)
+
+
+def test_no_terms_and_terms_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="at least one reward"):
+        WeightedSum([])
+    with pytest.raises(ValueError, match=r"two reward terms report as 'brightness'"):
+        WeightedSum([RewardTerm(name="brightness"), RewardTerm(name="rewards.color:brightness")])
+    with pytest.raises(ValueError, match=r"one reward for each of the 1 terms is needed, got 0"):
+        WeightedSum([RewardTerm(name="brightness")], rewards=[])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": " "}, "name must be"),
+        ({"name": "brightness", "weight": float("nan")}, "weight must be a finite number, got nan"),
+        ({"name": "brightness", "weight": float("inf")}, "weight must be a finite number, got inf"),
+        ({"name": "brightness", "normalize": "mean"}, "normalize must be 'none' or 'std', got 'mean'"),
+    ],
+)
+def test_bad_terms_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RewardTerm(**fields)

@@ -1,0 +1,373 @@
+import dataclasses
+import shlex
+import typing
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpo.advantages import AdvantageConfig
+from ddpo.kl import AdaptiveKL, FixedKL
+from ddpo.lora import FullConfig, LoraConfig
+from ddpo.samplers import SamplerConfig
+from rewards.combine import RewardTerm
+from trainers import yaml_text
+from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config_io import ConfigError, find_config, load_config, load_resumed, resume_overrides, to_yaml
+from trainers.config_reference import documented, reference
+from trainers.config_schema import declared, element_of, fields_of, kinds_of, plain
+from trainers.prompts import PromptConfig
+from trainers.shipped import CONFIGS
+
+REWARD = "rewards: [{name: jpeg_compressibility}]\n"
+
+
+def write(folder, text):
+    file = folder / "x.yaml"
+    file.write_text(REWARD + text)
+    return file
+
+
+def refusal(folder, text, overrides=""):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), shlex.split(overrides))
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+# ------------------------------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_config_loads_and_is_short(file):
+    config = load_config(file)
+    assert len(file.read_text().splitlines()) <= 30
+    assert load_config(file.stem) == config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_config_survives_a_round_trip(file, tmp_path):
+    config = load_config(file)
+    for full in (False, True):
+        (tmp_path / "again.yaml").write_text(to_yaml(config, full=full))
+        assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("accelerate/*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_knows_every_key_of_the_launch_configs(file):
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    config = config_args.load_config_from_file(str(file))
+    assert config.num_processes == {"single_gpu": 1, "multi_gpu_8": 8, "two_nodes": 16}[file.stem]
+
+
+def test_sd15_configs_hold_ddpos_published_numbers():
+    for name, updates, buffer in (("sd15_jpeg", 4, 16), ("sd15_aesthetic", 2, 32)):
+        config = load_config(name)
+        assert config.learning_rate == 3e-4
+        assert config.objective.clip_range == 1e-4
+        assert config.objective.updates_per_epoch == updates
+        assert config.advantages == AdvantageConfig(baseline="prompt", clip=5.0, min_count=16, buffer_size=buffer)
+        assert (config.sampler.num_steps, config.sampler.eta, config.sampler.guidance_scale) == (50, 1.0, 5.0)
+        assert config.batch.samples_per_epoch == 256
+
+
+# ------------------------------------------------------------------------------------------------- the bad-input list
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {learning_rate: fast}", "x.yaml: optimizer.learning_rate: must be a number, got 'fast'"),
+        ("optimizer: {learning_rate: true}", "x.yaml: optimizer.learning_rate: must be a number, got true"),
+        ("optimizer: {learning_rate: -1}", "x.yaml: optimizer.learning_rate: must be positive or null, got -1.0"),
+        ("optimizer: {lerning_rate: 1}", "x.yaml: optimizer.lerning_rate: unknown key (did you mean 'learning_rate'?)"),
+        ("adapter: {rank: 0}", "x.yaml: adapter.rank: must be at least 1, got 0"),
+        ("adapter: {rank: true}", "x.yaml: adapter.rank: must be a whole number, got true"),
+        ("adapter: {rank: 4.5}", "x.yaml: adapter.rank: must be a whole number, got 4.5"),
+        ("adapter: {rank: '4'}", "x.yaml: adapter.rank: must be a whole number, got '4'"),
+        ("adapter: {kind: fullx}", "x.yaml: adapter.kind: must be lora or full, got 'fullx'"),
+        ("adapter: {kind: full, rank: 4}", "x.yaml: adapter.rank: unknown key (valid: kind)"),
+        ("adapter: full", "x.yaml: adapter: must be a mapping of keys, got 'full'"),
+        ("adapter: {target_modules: to_q}", "x.yaml: adapter.target_modules: must be a list, got 'to_q'"),
+        ("kl: {kind: adaptive}", "x.yaml: kl.target: missing key"),
+        ("kl: {kind: adaptive, target: 0}", "x.yaml: kl.target: must be positive (nats), got 0.0"),
+        ("modelx: {}", "x.yaml: modelx: unknown key (did you mean 'model'?)"),
+        ("model: {offload: yes}", "x.yaml: model.offload: must be true or false, got 'yes'"),
+        ("model: {path: 3}", "x.yaml: model.path: must be text, got 3"),
+        ("model:", "x.yaml: model: must be a mapping of keys, got null"),
+        (
+            "model: {precision: fp-32}",
+            "x.yaml: model.precision: must be fp32, bf16 or fp16, got 'fp-32' (did you mean 'fp32'?)",
+        ),
+        ("sampler: {height: 4}", "x.yaml: sampler.height: must be at least 8 pixels or null, got 4"),
+        ("heldout_rewards: jpeg", "x.yaml: heldout_rewards: must be a list, got 'jpeg'"),
+        ("heldout_rewards: [{weight: 1}]", "x.yaml: heldout_rewards.0.name: missing key"),
+        (
+            "heldout_rewards: [{name: a, weigt: 1}]",
+            "x.yaml: heldout_rewards.0.weigt: unknown key (did you mean 'weight'?)",
+        ),
+        (
+            "heldout_rewards: [{name: a, weight: .nan}]",
+            "x.yaml: heldout_rewards.0.weight: must be a finite number, got nan",
+        ),
+        (
+            "heldout_rewards: [{name: a}, {name: a}]",
+            "x.yaml: heldout_rewards: must be a list that names each reward once, got ['a', 'a']",
+        ),
+        ("evaluation: {prompts: {limit: 0}}", "x.yaml: evaluation.prompts.limit: must be at least 1 or null, got 0"),
+        (
+            "tracking: {trackers: [mlflow]}",
+            "x.yaml: tracking.trackers.0: must be trackio, wandb or tensorboard, got 'mlflow'",
+        ),
+        ("epochs: 0", "x.yaml: epochs: must be at least 1, got 0"),
+        ("run: {name: a/b}", "x.yaml: run.name: must be a folder name without '/', or null, got 'a/b'"),
+        (
+            "sampler: {eta: 0}",
+            "x.yaml: sampler.eta: must be positive with objective.kind: policy_gradient (without noise there is no "
+            "log-probability), got 0.0",
+        ),
+        (
+            "sampler: {kind: ode}",
+            "x.yaml: sampler.kind: must be a stochastic sampler with objective.kind: policy_gradient (without noise "
+            "there is no log-probability), got 'ode'",
+        ),
+        (
+            "batch: {group_size: 1}",
+            "x.yaml: batch.group_size: must be at least 2 with advantages.baseline: group (or choose baseline: prompt "
+            "or batch), got 1",
+        ),
+        (
+            "objective: {surrogate: reinforce}",
+            "x.yaml: objective.updates_per_epoch: must be 1, as must inner_epochs, with surrogate: reinforce (it is "
+            "on-policy; use ppo for several updates), got 2",
+        ),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, text, message):
+    assert refusal(tmp_path, text) == message
+
+
+def test_every_problem_gets_its_own_line(tmp_path):
+    lines = refusal(tmp_path, "adapter: {rank: x}\nmodel: {offlod: true}").splitlines()
+    assert lines == [
+        "x.yaml: model.offlod: unknown key (did you mean 'offload'?)",
+        "x.yaml: adapter.rank: must be a whole number, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "rewards: must be a list of at least one reward, e.g. [{name: jpeg_compressibility}]"),
+        ("- a", "must be a mapping of keys, got ['a']"),
+        ("a: [1", "not valid YAML: line 1, column 6: expected ',' or ']', but got '<stream end>'"),
+        ("seed: 1\nseed: 2", "not valid YAML: line 2, column 1: the key 'seed' occurs twice"),
+        ("a: \x00", "not valid YAML: unacceptable character"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "x.yaml")
+    assert str(caught.value).startswith(f"{tmp_path}/x.yaml: {message}")
+
+
+def test_a_missing_config_names_the_shipped_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"shapes_pp: no such configuration \(did you mean 'shapes_ppo'\?\)"):
+        find_config("shapes_pp")
+    with pytest.raises(ConfigError, match="is a folder, not a configuration"):
+        find_config(tmp_path)
+
+
+def test_yaml_numbers_read_as_numbers_and_words_as_text(tmp_path):
+    config = load_config(write(tmp_path, "optimizer: {learning_rate: 1e-4}\nmax_minutes: 5\nrun: {name: off}"))
+    assert config.optimizer.learning_rate == 1e-4
+    assert isinstance(config.max_minutes, float)
+    assert config.run.name == "off"
+    assert yaml_text.parse("[010, 1_000, 2026-11-21, .inf]") == [10.0, "1_000", "2026-11-21", float("inf")]
+
+
+def test_a_union_without_kind_means_the_default_kind(tmp_path):
+    config = load_config(write(tmp_path, "adapter: {rank: 4}\nkl: {alpha: 0.1}"))
+    assert config.adapter == LoraConfig(rank=4)
+    assert config.kl == FixedKL(alpha=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_reach_every_kind_of_key(tmp_path):
+    file = write(tmp_path, "adapter: {kind: lora, rank: 4}\nkl: {alpha: 0.5}")
+    config = load_config(
+        file,
+        shlex.split(
+            "--optimizer.learning_rate 1e-4 --rewards.0.weight 2 --rewards.1.name brightness --adapter.kind full "
+            "--kl.target 3 --kl.kind adaptive --model.offload true --run.name 7 --max_minutes=null --kl.alpha=0.25 "
+            "--evaluation.prompts.source a.txt --tracking.trackers [] --rewards.0.options.scale 2 --run.output_dir a:b"
+        ),
+    )
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.rewards == (
+        RewardTerm(name="jpeg_compressibility", weight=2.0, options={"scale": 2}),
+        RewardTerm(name="brightness"),
+    )
+    assert config.adapter == FullConfig()
+    assert config.kl == AdaptiveKL(target=3.0, alpha=0.25)
+    assert config.model.offload is True
+    assert config.run == RunConfig(name="7", output_dir="a:b")
+    assert config.max_minutes is None
+    assert config.evaluation.prompts == PromptConfig(source="a.txt")
+    assert config.tracking.trackers == ()
+
+
+def test_negative_override_values_and_whole_groups(tmp_path):
+    config = load_config(write(tmp_path, ""), ["--rewards.0.weight", "-1", "--kl", "{kind: adaptive, target: 2}"])
+    assert config.rewards[0].weight == -1
+    assert config.kl == AdaptiveKL(target=2.0)
+
+
+def test_overriding_with_the_same_kind_keeps_the_files_keys(tmp_path):
+    config = load_config(write(tmp_path, "adapter: {rank: 4}"), ["--adapter.kind", "lora"])
+    assert config.adapter == LoraConfig(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "--optimizer.lerning_rate 1",
+            "command line: optimizer.lerning_rate: unknown key (did you mean 'learning_rate'?)",
+        ),
+        ("--optimizer.learning_rate fast", "command line: optimizer.learning_rate: must be a number, got 'fast'"),
+        ("--adapter.rank 0", "command line: adapter.rank: must be at least 1, got 0"),
+        ("--adapter.kind ful", "command line: adapter.kind: must be lora or full, got 'ful'"),
+        ("--kl.kind adaptive", "command line: kl.target: missing key"),
+        ("--rewards.0.weigt 2", "command line: rewards.0.weigt: unknown key (did you mean 'weight'?)"),
+        (
+            "--rewards.5.weight 2",
+            "command line: rewards.5.weight: there is no entry 5 in the list (1 given, numbered from 0)",
+        ),
+        (
+            "--rewards.x.weight 2",
+            "command line: rewards.x.weight: there is no entry x in the list (1 given, numbered from 0)",
+        ),
+        ("--model.offload on", "command line: model.offload: must be true or false, got 'on'"),
+        ("--epochs", "command line: epochs: needs a value: --epochs VALUE"),
+        ("--epochs --seed 3", "command line: epochs: needs a value: --epochs VALUE"),
+        ("--epochs [1", "command line: epochs: '[1' is not a YAML value: line 1, column 3"),
+        ("epochs 3", "command line: 'epochs': overrides are written --key value, e.g. --optimizer.learning_rate 1e-4"),
+        ("--epochs.x 3", "command line: epochs: must be a whole number, got {'x': 3}"),
+        ("--sampler.eta 0", "command line: sampler.eta: must be positive with objective.kind"),
+    ],
+)
+def test_a_bad_override_is_refused_in_one_line(tmp_path, overrides, message):
+    text = refusal(tmp_path, "", overrides)
+    assert text.startswith(message)
+    assert "\n" not in text
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resuming_may_change_lengths_checkpoints_and_tracking_only(tmp_path):
+    file = write(tmp_path, "")
+    grown = ["--epochs", "200", "--max_minutes", "9", "--checkpoints.keep_last", "5", "--tracking.project", "yes"]
+    wanted = load_resumed(file, grown)
+    assert (wanted.epochs, wanted.max_minutes, wanted.checkpoints.keep_last) == (200, 9.0, 5)
+    tokens = resume_overrides(load_config(file), wanted, saved_file=file)
+    assert load_resumed(file, tokens) == wanted
+    with pytest.raises(ConfigError) as caught:
+        load_resumed(file, ["--optimizer.learning_rate", "1e-3", "--adapter.kind", "full"])
+    message = str(caught.value)
+    assert "optimizer.learning_rate (saved null, now 0.001)" in message
+    assert "adapter.kind (saved 'lora', now 'full')" in message
+    assert "on resume only epochs, max_minutes, checkpoints.*, tracking.* may change" in message
+
+
+def test_resuming_ignores_where_the_run_folder_is(tmp_path):
+    saved = load_config(write(tmp_path, "run: {name: first}"))
+    wanted = dataclasses.replace(saved, run=RunConfig())
+    assert resume_overrides(saved, wanted, saved_file=tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+positive = st.floats(min_value=1e-12, max_value=1e6)
+texts = st.text(min_size=1, max_size=12).filter(
+    lambda text: text.strip() and "/" not in text and text not in (".", "..")
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+configs = st.builds(
+    Config,
+    adapter=st.builds(LoraConfig, rank=st.integers(1, 64), alpha=st.none() | positive) | st.builds(FullConfig),
+    sampler=st.builds(SamplerConfig, kind=st.sampled_from(["ddim", "cps"]), eta=st.floats(0.1, 1)),
+    kl=st.builds(FixedKL, alpha=positive) | st.builds(AdaptiveKL, target=positive),
+    batch=st.builds(BatchConfig, samples_per_epoch=st.integers(2, 999), group_size=st.integers(2, 9)),
+    optimizer=st.builds(OptimizerConfig, learning_rate=st.none() | positive),
+    rewards=st.builds(RewardTerm, name=texts, weight=positive, options=st.dictionaries(texts, scalars, max_size=2)).map(
+        lambda term: (term,)
+    ),
+    prompts=st.builds(PromptConfig, source=texts, limit=st.none() | st.integers(1)),
+    evaluation=st.builds(EvaluationConfig, prompts=st.none() | st.builds(PromptConfig, source=texts)),
+    tracking=st.builds(TrackingConfig, trackers=st.sampled_from([(), ("wandb",), ("wandb", "trackio")]), project=texts),
+    run=st.builds(RunConfig, name=st.none() | texts),
+    max_minutes=st.none() | positive,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(config=configs, full=st.booleans())
+def test_writing_and_reading_gives_the_same_config(tmp_path_factory, config, full):
+    file = tmp_path_factory.mktemp("config") / "x.yaml"
+    file.write_text(to_yaml(config, full=full), encoding="utf-8")
+    assert load_config(file) == config
+
+
+@given(
+    value=st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
+)
+def test_yaml_reads_back_what_it_wrote_and_so_does_any_reader(value):
+    assert yaml_text.parse(yaml_text.dump(value)) == value
+    assert yaml_text.parse(yaml_text.dump(value, inline=True)) == value
+    assert yaml.safe_load(yaml_text.dump(value)) == value
+
+
+# ----------------------------------------------------------------------------------------------------- the declarations
+
+
+def groups():
+    for hint in fields_of(Config).values():
+        yield from kinds_of(hint).values()
+        yield from (group for group in (plain(hint), element_of(hint)) if fields_of(group))
+
+
+def test_every_key_is_documented_and_no_undeclared_one_is():
+    for group in {Config, *groups()}:
+        keys = {field.name for field in declared(group)} - ({"kind"} if group is not SamplerConfig else set())
+        assert set(documented(group)) == keys, group
+
+
+def test_every_group_refuses_unknown_keys():
+    for group in {Config, *groups()}:
+        assert group.__pydantic_config__ == {"extra": "forbid"}, group
+
+
+def test_the_default_kind_of_a_union_is_its_first_member():
+    for field in declared(Config):
+        if kinds := kinds_of(fields_of(Config)[field.name]):
+            assert type(getattr(Config(), field.name)) is next(iter(kinds.values()))
+
+
+def test_the_reference_lists_every_key():
+    text = reference()
+    assert all(f"--{field.name}" in text or f"{field.name}:" in text for field in declared(Config))
+    assert "--optimizer.learning_rate float|null  (default null)" in text
+    assert "--kl.target float  (required)" in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_defaults_that_depend_on_other_keys():
+    assert Config().learning_rate == 3e-4
+    assert Config(adapter=FullConfig()).learning_rate == 1e-5
+    assert Config().gate_tolerance_nats == 1e-5
+    assert typing.get_type_hints(Config)["seed"] is int

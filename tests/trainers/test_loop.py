@@ -1,0 +1,226 @@
+"""The training loop on a tiny random pipeline: what a run leaves, and that it can be stopped at any point."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ddpo import LoraConfig, Policy, SamplerConfig, rollout, sample_seeds
+from rewards import RewardError
+from tests.tiny import tiny_stable_diffusion
+from tests.trainers.loop_helpers import ROOT, environment, launch, reproducible, weights, write_config
+from trainers.checkpoint import list_checkpoints
+from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config_io import load_config, to_yaml
+from trainers.loop import resume, train, train_from_config
+from trainers.run import read_metrics
+from trainers.update import DivergedError, GateError, rate_factor
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny-sd"
+    tiny_stable_diffusion().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def start(config: Path, *overrides: str) -> Path:
+    loaded = load_config(config, overrides)
+    return train_from_config(loaded, config_yaml=to_yaml(loaded, full=True))
+
+
+def small(**changes: object) -> Config:
+    options = {
+        "batch": BatchConfig(samples_per_epoch=4, group_size=2, sample_batch_size=4, train_batch_size=8),
+        "evaluation": EvaluationConfig(num_prompts=1, images_per_prompt=2, ode=False),
+        "tracking": TrackingConfig(trackers=(), pictures_every_epochs=0),
+        "epochs": 1,
+        **changes,
+    }
+    return Config(**options)
+
+
+def tiny_policy(num_steps: int = 3) -> Policy:
+    sampler = SamplerConfig(num_steps=num_steps, guidance_scale=1.0)
+    return Policy(tiny_stable_diffusion(), sampler=sampler, adapter=LoraConfig(rank=2))
+
+
+def test_a_run_leaves_everything_a_user_looks_for(model: Path, tmp_path: Path) -> None:
+    run = start(write_config(tmp_path, model))
+    expected = [
+        "config.yaml", "environment.json", "metrics.jsonl", "pictures/epoch_000002.png", "before_after.png",
+        "summary.txt", "summary.json", "curves.png", "lora/pytorch_lora_weights.safetensors",
+        "checkpoints/epoch_000003/pytorch_lora_weights.safetensors", "evaluations/epoch_000000.safetensors",
+    ]  # fmt: skip
+    assert [name for name in expected if not (run / name).is_file()] == []
+    rows = read_metrics(run)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[0]["kl/path_nats"] == 0.0
+    assert rows[-1]["kl/path_nats"] > 0.0
+    assert max(rows[-1]["per_step/gate_nats"]) < 1e-2
+    assert load_config(run / "config.yaml") == load_config(tmp_path / "tiny.yaml")
+
+
+def test_resume_is_bit_exact_in_weights_and_every_logged_number(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model)
+    whole = start(config, "--run.name", "whole")
+    parts = start(config, "--run.name", "parts", "--epochs", "1")
+    resume(parts, ["--epochs", "3"])
+    groups = ("weights", "optimizer", "ema")
+    first, second = weights(whole, *groups), weights(parts, *groups)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert reproducible(whole) == reproducible(parts)
+
+
+def test_kill_9_in_the_middle_of_an_epoch_then_resume_is_bit_exact(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model)
+    whole = start(config, "--run.name", "whole", "--epochs", "4")
+    command = [sys.executable, "-m", "trainers", "train", str(config), "--run.name", "killed", "--epochs", "4"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    killed = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "epoch_000002").is_dir():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert read_metrics(killed)[-1]["epoch"] < 4, "the run was over before it was killed"
+    resumed = launch("train", "--resume", str(killed))
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = weights(whole, "weights", "optimizer"), weights(killed, "weights", "optimizer")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert reproducible(whole) == reproducible(killed)
+
+
+def test_two_processes_train_as_one(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model, guidance=3.0)
+    runs = {}
+    for count in (1, 2):
+        arguments = ("train", str(config), "--run.name", f"p{count}", "--epochs", "2")
+        result = launch(*arguments, num_processes=count)
+        assert result.returncode == 0, result.stderr
+        runs[count] = tmp_path / "runs" / f"p{count}"
+    one, two = weights(runs[1], "weights"), weights(runs[2], "weights")
+    moved = max(float((value - 0).abs().max()) for name, value in one.items() if "lora_B" in name)
+    worst = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert moved > 1e-4
+    assert worst < 1e-2 * moved, f"weights differ by {worst:.2e} after a move of {moved:.2e}"
+    for row, other in zip(reproducible(runs[1]), reproducible(runs[2]), strict=True):
+        for key in ("reward/mean", "kl/path_nats", "optimizer/grad_norm", "policy/clip_fraction"):
+            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("--objective.surrogate", "reinforce", "--objective.updates_per_epoch", "1"),
+        ("--objective.train_guidance", "none", "--sampler.guidance_scale", "3"),
+        ("--objective.inner_epochs", "2", "--objective.step_fraction", "0.7"),
+        ("--adapter.kind", "full", "--kl.kind", "fixed", "--kl.alpha", "0"),
+        ("--advantages.baseline", "prompt", "--advantages.min_count", "2", "--advantages.scale", "std"),
+        ("--model.precision", "bf16", "--sampler.guidance_scale", "3"),
+        ("--model.gradient_checkpointing", "true", "--model.offload", "true"),
+    ],
+    ids=lambda changes: " ".join(changes[:2]),
+)
+def test_every_option_runs_and_keeps_the_first_ratio_at_one(
+    model: Path, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    run = start(write_config(tmp_path, model), "--epochs", "2", *changes)
+    rows = read_metrics(run)
+    assert len(rows) == 2
+    assert all(math.isfinite(row["optimizer/grad_norm"]) and row["optimizer/grad_norm"] > 0 for row in rows)
+
+
+def test_the_exported_lora_gives_our_images_in_the_stock_pipeline(model: Path, tmp_path: Path) -> None:
+    run = start(write_config(tmp_path, model), "--adapter.alpha", "4", "--optimizer.ema_decay", "0")
+    sampler = SamplerConfig(kind="ode", num_steps=3, guidance_scale=3.0)
+    ours = Policy.from_pretrained(model, sampler=sampler, adapter=LoraConfig(rank=2, alpha=4), device="cpu")
+    saved = weights(run, "weights")
+    with torch.no_grad():
+        for name, parameter in ours.trainable().items():
+            parameter.copy_(saved[f"weights.{name}"])
+    trajectory = rollout(ours, ours.encode(["a cat"]), sample_seeds(0, 0, range(1)))
+    stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    stock.load_lora_weights(run / "lora")
+    noise = trajectory.latents[:, 0]
+    theirs = stock("a cat", num_inference_steps=3, guidance_scale=3.0, latents=noise, output_type="pt").images
+    plain = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    untuned = plain("a cat", num_inference_steps=3, guidance_scale=3.0, latents=noise, output_type="pt").images
+    assert float((theirs - ours.decode(trajectory.final)).abs().max()) < 1e-5
+    assert float((theirs - untuned).abs().max()) > 1e-4
+
+
+def test_the_gate_stops_a_run_whose_training_forward_is_not_its_sampling_forward(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    exact = type(policy).__call__
+
+    class Drifting(Policy):
+        def __call__(self, k, x, condition, *, guided=True):  # type: ignore[no-untyped-def]
+            shift = 0.05 if isinstance(k, torch.Tensor) else 0.0
+            return exact(self, k, x + shift, condition, guided=guided)
+
+    policy.__class__ = Drifting
+    with pytest.raises(GateError, match=r"differ from those of sampling by .* nats .* tolerance 1e-05"):
+        train(
+            policy,
+            reward="brightness",
+            prompts=["a cat", "a dog"],
+            config=small(run=RunConfig(output_dir=str(tmp_path))),
+        )
+
+
+def test_three_non_finite_gradients_in_a_row_stop_the_run_and_keep_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    run = start(write_config(tmp_path, model), "--epochs", "1", "--kl.kind", "fixed")
+    policy = tiny_policy()
+    parameter = next(iter(policy.trainable().values()))
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    config = small(epochs=5, run=RunConfig(output_dir=str(tmp_path)))
+    with pytest.raises(DivergedError, match="3 updates in a row"):
+        train(policy, reward="brightness", prompts=["a cat", "a dog"], config=config)
+    assert all(bool(torch.isfinite(value).all()) for value in policy.trainable().values())
+    assert list_checkpoints(run) != []
+
+
+def test_a_reward_that_fails_names_itself_and_the_prompt(tmp_path: Path) -> None:
+    def fragile(images, prompts, metadata):  # type: ignore[no-untyped-def]
+        return torch.tensor([float("nan") if "dog" in prompt else 1.0 for prompt in prompts])
+
+    with pytest.raises(RewardError, match=r"fragile.*nan.*a dog"):
+        train(
+            tiny_policy(),
+            reward=fragile,
+            prompts=["a cat", "a dog"],
+            config=small(run=RunConfig(output_dir=str(tmp_path))),
+        )
+
+
+def test_reinforce_follows_the_reward_with_a_large_step(tmp_path: Path) -> None:
+    config = small(
+        epochs=6,
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        batch=BatchConfig(samples_per_epoch=16, group_size=8, sample_batch_size=16, train_batch_size=64),
+        evaluation=EvaluationConfig(num_prompts=2, images_per_prompt=8, ode=False),
+        run=RunConfig(output_dir=str(tmp_path), name="bright"),
+    )
+    run = train(tiny_policy(num_steps=2), reward="brightness", prompts=["a cat", "a dog"], config=config)
+    import json
+
+    record = json.loads((run / "summary.json").read_text())["brightness"]
+    gain = record["after"]["mean"] - record["before"]["mean"]
+    assert gain > 3 * record["before"]["error"], record
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    assert [rate_factor(u, "constant", 2, 10) for u in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    assert rate_factor(6, "linear", 2, 10) == pytest.approx(0.5)
+    assert rate_factor(6, "cosine", 2, 10) == pytest.approx(0.5)
+    assert rate_factor(10, "cosine", 2, 10) == pytest.approx(0.0)

@@ -1,0 +1,149 @@
+import dataclasses
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ddpo.kl import FixedKL
+from ddpo.objectives.policy_gradient import PolicyGradientConfig
+from ddpo.samplers import SamplerConfig
+from trainers.config import BatchConfig, Config
+from trainers.plan import PlanError, chunks, make_plan, split_evenly
+
+
+def a_config(
+    *, samples=256, group=8, sample_batch=8, train_batch=8, steps=50, guidance=5.0, kl=0.0, epochs=100, **objective
+):
+    return Config(
+        batch=BatchConfig(
+            samples_per_epoch=samples, group_size=group, sample_batch_size=sample_batch, train_batch_size=train_batch
+        ),
+        sampler=SamplerConfig(num_steps=steps, guidance_scale=guidance),
+        objective=PolicyGradientConfig(**objective),
+        kl=FixedKL(alpha=kl),
+        epochs=epochs,
+    )
+
+
+@given(
+    processes=st.integers(1, 6),
+    groups=st.integers(1, 12),
+    group=st.integers(2, 9),
+    sample_batch=st.integers(1, 40),
+    train_batch=st.integers(1, 200),
+    steps=st.integers(1, 60),
+    fraction=st.floats(0.01, 1),
+    updates=st.integers(1, 60),
+    inner=st.integers(1, 3),
+)
+def test_every_transition_of_every_sample_is_trained_exactly_once(
+    processes, groups, group, sample_batch, train_batch, steps, fraction, updates, inner
+):
+    config = a_config(
+        samples=processes * groups * group,
+        group=group,
+        sample_batch=sample_batch,
+        train_batch=train_batch,
+        steps=steps,
+        step_fraction=fraction,
+        updates_per_epoch=updates,
+        inner_epochs=inner,
+    )
+    assume(updates <= max(1, round(fraction * steps)))
+    plan = make_plan(config, num_processes=processes, num_stochastic=steps)
+    assert plan.samples_per_process * processes == plan.images_per_epoch == config.batch.samples_per_epoch
+    assert plan.groups_per_process * group == plan.samples_per_process
+    assert sum(plan.sample_batches) == plan.samples_per_process
+    assert max(plan.sample_batches) <= sample_batch
+    assert sum(plan.shares) == plan.steps_per_sample <= steps
+    assert len(plan.shares) == updates
+    assert max(plan.shares) - min(plan.shares) <= 1
+    assert min(plan.shares) >= 1
+    assert sum(plan.transitions_per_update) == plan.samples_per_process * plan.steps_per_sample
+    for count, micro_batches in zip(plan.transitions_per_update, plan.micro_batches_per_update, strict=True):
+        assert micro_batches == len(chunks(count, train_batch))
+    assert plan.optimizer_steps_total == updates * inner * config.epochs
+    assert plan.training_rows == 2 * inner * processes * sum(plan.transitions_per_update)
+    assert "\n\n" not in plan.describe()
+
+
+@given(total=st.integers(0, 500), parts=st.integers(1, 40))
+def test_an_even_split_adds_up(total, parts):
+    split = split_evenly(total, parts)
+    assert sum(split) == total
+    assert len(split) == parts
+    assert max(split) - min(split) <= 1
+
+
+@given(total=st.integers(0, 500), size=st.integers(1, 40))
+def test_only_the_last_chunk_is_smaller(total, size):
+    pieces = chunks(total, size)
+    assert sum(pieces) == total
+    assert len(pieces) == math.ceil(total / size)
+    assert all(piece == size for piece in pieces[:-1])
+
+
+@given(samples=st.integers(2, 600), group=st.integers(2, 16), processes=st.integers(1, 9))
+def test_a_refused_size_comes_with_the_nearest_possible_ones(samples, group, processes):
+    config = a_config(samples=samples, group=group)
+    try:
+        make_plan(config, num_processes=processes, num_stochastic=50)
+    except PlanError as error:
+        proposed = [int(number) for number in str(error).rpartition("nearest possible: ")[2].split(" or ")]
+    else:
+        proposed = [samples]
+    for number in proposed:
+        possible = dataclasses.replace(config, batch=dataclasses.replace(config.batch, samples_per_epoch=number))
+        make_plan(possible, num_processes=processes, num_stochastic=50)
+        assert abs(number - samples) < group * processes
+
+
+def test_impossible_plans_name_the_cure():
+    with pytest.raises(PlanError) as caught:
+        make_plan(a_config(samples=256, group=8), num_processes=3, num_stochastic=50)
+    assert str(caught.value) == (
+        "batch.samples_per_epoch must be a multiple of 24 (batch.group_size 8 x 3 processes), got 256; "
+        "nearest possible: 240 or 264"
+    )
+    with pytest.raises(PlanError, match="must be a multiple of 8 .batch.group_size 8., got 4; nearest possible: 8$"):
+        make_plan(a_config(samples=4, group=8), num_processes=1, num_stochastic=50)
+    with pytest.raises(PlanError, match="objective.updates_per_epoch must be at most 5, got 6"):
+        make_plan(a_config(step_fraction=0.5, updates_per_epoch=6), num_processes=1, num_stochastic=10)
+
+
+def test_rows_follow_ddpos_published_run():
+    """256 images, 50 steps, guidance in both phases: 51,200 rows (x .803 and 1.714 TFLOP = 65 PFLOP with backward)."""
+    plan = make_plan(a_config(group=2, updates_per_epoch=4), num_processes=8, num_stochastic=50)
+    assert plan.sampling_rows == plan.training_rows == 25_600
+    assert plan.reference_rows == 25_600
+    assert plan.shares == (13, 13, 12, 12)
+    assert plan.transitions_per_update == (416, 416, 384, 384)
+    assert plan.denoiser_rows_per_epoch == 76_800
+
+
+def test_guidance_and_kl_change_the_rows():
+    def rows(**settings):
+        plan = make_plan(a_config(samples=16, steps=10, **settings), num_processes=1, num_stochastic=9)
+        return plan.sampling_rows, plan.training_rows, plan.reference_rows
+
+    assert rows() == (320, 288, 288)
+    assert rows(guidance=1.0) == (160, 144, 144)
+    assert rows(train_guidance="none") == (320, 144, 288)
+    assert rows(kl=0.1) == (320, 288, 576)
+    assert rows(kl=0.1, train_guidance="none") == (320, 144, 432)
+
+
+def test_the_description_reads_as_a_table():
+    config = a_config(samples=272, group=8, steps=10, step_fraction=0.5, train_batch=128, epochs=3)
+    plan = make_plan(config, num_processes=2, num_stochastic=10)
+    assert plan.describe().splitlines() == [
+        "processes     2",
+        "epoch         272 images = 34 prompts x 8",
+        "sampling      10 steps; batches per process: 17 x 8 images",
+        "training      5 of 10 stochastic steps per image; 2 updates x 1 inner epoch, steps an update: 3 + 2",
+        "an update     408 + 272 transitions per process",
+        "              in 4 + 3 micro-batches of 128 per process",
+        "denoiser rows 13,600 per epoch = 5,440 sampling + 2,720 training + 5,440 reference",
+        "run           3 epochs, 6 optimizer steps, 816 images",
+    ]

@@ -1,0 +1,168 @@
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainers.prompts import Prompt, PromptConfig, PromptError, PromptStream, load_prompts
+
+
+def load(source, **keys):
+    return load_prompts(PromptConfig(source=str(source), **keys))
+
+
+def refusal(source, **keys):
+    with pytest.raises(PromptError) as caught:
+        load(source, **keys)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_a_text_file_has_one_prompt_a_line(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffa cat\n\n  a dog, at night \nein Fuchs äöü\n", encoding="utf-8")
+    prompts = load(tmp_path / "a.txt")
+    assert [prompt.text for prompt in prompts] == ["a cat", "a dog, at night", "ein Fuchs äöü"]
+    assert load(tmp_path / "a.txt", limit=2) == prompts[:2]
+
+
+def test_json_lines_carry_metadata(tmp_path):
+    entries = [{"prompt": "a cat", "count": 2}, {"prompt": "a dog", "count": 1, "metadata": {"color": "red"}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert load(tmp_path / "a.jsonl") == [
+        Prompt(text="a cat", metadata={"count": 2}),
+        Prompt(text="a dog", metadata={"count": 1, "color": "red"}),
+    ]
+
+
+def test_a_function_in_a_file_is_called_with_the_split_it_takes(tmp_path):
+    (tmp_path / "p.py").write_text("def plain():\n    return ['a']\ndef of(split):\n    return [{'prompt': split}]\n")
+    assert load(f"{tmp_path}/p.py:plain") == [Prompt(text="a")]
+    assert load(f"{tmp_path}/p.py:of", split="test") == [Prompt(text="test")]
+
+
+def test_a_function_of_a_module(tmp_path, monkeypatch):
+    (tmp_path / "prompt_module_xyz.py").write_text("def words():\n    return ('a', 'b')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [prompt.text for prompt in load("prompt_module_xyz:words")] == ["a", "b"]
+
+
+def test_shapes_gives_captions_of_the_split_and_hard_ones_only():
+    train, heldout = load("shapes", limit=200), load("shapes", limit=200, split="heldout")
+    assert len(train) == 200
+    assert not {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
+    assert {prompt.metadata["category"] for prompt in load("shapes_hard", limit=30)} == {"count", "position", "binding"}
+    assert load("shapes", limit=50) == train[:50]
+
+
+def test_the_shipped_list_of_animals_has_45_different_ones():
+    animals = [prompt.text for prompt in load("animals")]
+    assert len(set(animals)) == len(animals) == 45
+
+
+def test_a_dataset_gives_its_column_and_its_simple_columns_as_metadata(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    rows = [{"caption": "a cat", "count": 2, "boxes": [1, 2]}, {"caption": "a dog", "count": 1, "boxes": []}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = load(tmp_path / "data", column="caption")
+    assert prompts == [Prompt(text="a cat", metadata={"count": 2}), Prompt(text="a dog", metadata={"count": 1})]
+    assert refusal(tmp_path / "data").endswith("has no column 'prompt'; columns: caption, count, boxes")
+    assert "split 'test'" in refusal(tmp_path / "data", column="caption", split="test")
+
+
+# ------------------------------------------------------------------------------------------------- the bad-input list
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "a.txt: has no prompts; give at least one"),
+        ("a.txt", "\n  \n", "a.txt: has no prompts; give at least one"),
+        ("a.jsonl", "", "a.jsonl: has no prompts; give at least one"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": a}', "a.jsonl: line 3: not JSON: Expecting value at column 12"),
+        ("a.jsonl", "[1, 2]", 'a.jsonl: line 1: must be an object such as {"prompt": "a cat"}, got [1, 2]'),
+        ("a.jsonl", '{"text": "a"}', "a.jsonl: line 1: has no key 'prompt'; keys: text"),
+        ("a.jsonl", '{"prompt": 3}', "a.jsonl: line 1: 'prompt' must be a text that is not blank, got 3"),
+        ("a.jsonl", '{"prompt": " "}', "a.jsonl: line 1: 'prompt' must be a text that is not blank, got ' '"),
+        ("a.jsonl", '{"prompt": "a", "metadata": 3}', "a.jsonl: line 1: 'metadata' must be a mapping, got 3"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    assert refusal(tmp_path / name).replace(f"{tmp_path}/", "") == message
+
+
+def test_a_missing_or_unreadable_file_is_refused(tmp_path):
+    assert refusal("nowhere/a.txt").startswith("nowhere/a.txt: no such prompt file (looked for /")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as UTF-8 text" in refusal(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 'a cat'", "must return a list of texts or dicts, got str"),
+        ("return {'prompt': 'a'}", "must return a list of texts or dicts, got dict"),
+        ("return None", "must return a list of texts or dicts, got NoneType"),
+        ("return ['a', 3]", "entry 1: must be a text or a dict, got int"),
+        ("return []", "has no prompts; give at least one"),
+        ("raise KeyError('x')", "calling it failed with KeyError: 'x'"),
+    ],
+)
+def test_a_function_with_a_wrong_result_is_refused(tmp_path, body, message):
+    (tmp_path / "p.py").write_text(f"def f():\n    {body}\n")
+    assert refusal(f"{tmp_path}/p.py:f") == f"{tmp_path}/p.py:f: {message}"
+
+
+def test_a_function_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "p.py").write_text("x = 1\n")
+    assert refusal(f"{tmp_path}/p.py:f").endswith("has no function 'f'")
+    assert refusal("no_such_module_xyz:f").startswith("no_such_module_xyz:f: cannot be imported:")
+    assert "cannot be imported: no such file" in refusal(f"{tmp_path}/q.py:f")
+
+
+def test_shapes_refuses_another_split():
+    assert refusal("shapes", split="test") == "shapes: split must be train or heldout, got 'test'"
+
+
+def test_a_dataset_without_the_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = refusal("someone/prompts")
+    assert "pip install 'ddpo[datasets]'" in message
+    assert "animals" in message
+
+
+# ---------------------------------------------------------------------------------------------------------- the stream
+
+PROMPTS = [Prompt(text=str(i)) for i in range(7)]
+
+
+@given(seed=st.integers(0, 2**31), counts=st.lists(st.integers(0, 9), max_size=6), shuffle=st.booleans())
+def test_the_order_depends_on_seed_and_position_alone(seed, counts, shuffle):
+    in_pieces = PromptStream(PROMPTS, seed=seed, shuffle=shuffle)
+    pieces = [prompt for count in counts for prompt in in_pieces.draw(count)]
+    assert pieces == PromptStream(PROMPTS, seed=seed, shuffle=shuffle).draw(sum(counts))
+    resumed = PromptStream(PROMPTS, seed=seed, shuffle=shuffle)
+    resumed.position = in_pieces.position
+    assert resumed.draw(20) == in_pieces.draw(20)
+
+
+@given(seed=st.integers(0, 2**31))
+def test_each_pass_visits_every_prompt_once_in_a_new_order(seed):
+    stream = PromptStream(PROMPTS, seed=seed, shuffle=True)
+    passes = [tuple(prompt.text for prompt in stream.draw(7)) for _ in range(6)]
+    assert all(sorted(order) == sorted(prompt.text for prompt in PROMPTS) for order in passes)
+    assert len(set(passes)) > 1
+
+
+def test_without_shuffling_the_source_order_repeats():
+    assert PromptStream(PROMPTS, seed=0, shuffle=False).draw(9) == [*PROMPTS, *PROMPTS[:2]]
+
+
+def test_a_stream_of_nothing_is_refused():
+    with pytest.raises(PromptError, match="at least one prompt"):
+        PromptStream([], seed=0, shuffle=True)

@@ -1,0 +1,168 @@
+"""Run folders: made before anything heavy, appended line by line, readable after a kill."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from trainers.environment import git_state
+from trainers.run import RunError, RunFolder, _jsonable, read_metrics
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path / "runs", "first", "seed: 3\n")
+
+
+def test_create_writes_config_environment_and_folders(run):
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "pictures",
+    ]
+    assert run.name == "first"
+    assert run.config_yaml() == "seed: 3\n"
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(environment["packages"]) >= {"torch", "diffusers", "transformers", "accelerate", "peft"}
+    assert environment["device"]["names"]
+    assert environment["command"]
+
+
+def test_resumes_are_added_to_the_environment(run):
+    run.note_resume("epoch_000005")
+    run.note_resume("epoch_000010")
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert [entry["checkpoint"] for entry in environment["resumed"]] == ["epoch_000005", "epoch_000010"]
+    assert "torch" in environment["resumed"][0]["packages"]
+
+
+def test_default_names_never_collide(tmp_path):
+    names = [RunFolder.create(tmp_path, None, "", stem="shapes ppo/1").name for _ in range(3)]
+    assert len(set(names)) == 3
+    assert all(name.startswith("shapes-ppo-1-") for name in names)
+
+
+def test_a_taken_name_is_refused_with_both_ways_out(run):
+    with pytest.raises(RunError, match=r"first exists already: choose another --run.name, or .*--resume .*first"):
+        RunFolder.create(run.path.parent, "first", "")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", ".hidden", "-x", "a b"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(RunError, match="run.name must be"):
+        RunFolder.create(tmp_path, name, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write a run folder in .*file/runs: Not a directory; choose a writable"):
+        RunFolder.create(tmp_path / "file" / "runs", None, "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="Permission denied"):
+        RunFolder.create(tmp_path, "a", "")
+
+
+def test_opening_what_is_no_run_names_the_runs_beside_it(run):
+    assert RunFolder.open(run.path) == run
+    with pytest.raises(RunError, match="no config.yaml.*the runs in .* are first"):
+        RunFolder.open(run.path.parent / "second")
+
+
+def test_metrics_come_back_exactly_and_non_finite_ones_as_null(run):
+    run.append_metrics(
+        {"epoch": 1, "reward": 0.1 + 0.2, "kl": np.float64(1e-300), "steps": [1.0, math.nan], "note": "a"}
+    )
+    run.append_metrics({"epoch": np.int64(2), "reward": math.inf, "ok": True, "single": np.float32(0.5)})
+    assert read_metrics(run.path) == [
+        {"epoch": 1, "reward": 0.1 + 0.2, "kl": 1e-300, "steps": [1.0, None], "note": "a"},
+        {"epoch": 2, "reward": None, "ok": True, "single": 0.5},
+    ]
+
+
+def test_a_metric_that_is_no_number_is_refused_by_name(run):
+    with pytest.raises(TypeError, match="metric 'images' is a dict"):
+        run.append_metrics({"epoch": 1, "images": {}})
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_metric_keeps_every_bit(value):
+    assert json.loads(json.dumps(_jsonable("x", value))).hex() == value.hex()
+
+
+@pytest.mark.parametrize("tail", ['{"epoch": 3, "rew', '{"epoch": 3}', "\x00"])
+def test_a_half_written_last_line_is_left_out_and_overwritten(run, tail):
+    for epoch in (1, 2):
+        run.append_metrics({"epoch": epoch})
+    with run.metrics_path.open("a") as file:
+        file.write(tail)
+    assert [row["epoch"] for row in read_metrics(run.path)] == [1, 2]
+    run.append_metrics({"epoch": 3, "again": 1})
+    assert [row["epoch"] for row in read_metrics(run.path)] == [1, 2, 3]
+
+
+def test_a_first_line_half_written_is_dropped(run):
+    run.metrics_path.write_text('{"epo')
+    assert read_metrics(run.path) == []
+    run.append_metrics({"epoch": 1})
+    assert read_metrics(run.path) == [{"epoch": 1}]
+
+
+def test_a_damaged_line_in_the_middle_is_named(run):
+    run.metrics_path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 2 is not JSON"):
+        read_metrics(run.path)
+
+
+def test_truncating_keeps_rows_up_to_the_epoch_byte_for_byte(run):
+    for epoch in range(1, 6):
+        run.append_metrics({"epoch": epoch, "reward": epoch / 3})
+    before = run.metrics_path.read_bytes().splitlines(keepends=True)
+    with run.metrics_path.open("a") as file:
+        file.write('{"epoch": 6, "re')
+    run.truncate_metrics(3)
+    assert run.metrics_path.read_bytes() == b"".join(before[:3])
+
+
+def test_reading_metrics_of_no_run_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="is it a run folder"):
+        read_metrics(tmp_path)
+
+
+def test_pictures_appear_complete(run):
+    path = run.save_picture(Image.new("RGB", (4, 4)), "epoch_000001")
+    assert path == run.path / "pictures" / "epoch_000001.png"
+    assert Image.open(path).size == (4, 4)
+    assert [p.name for p in run.pictures.iterdir()] == ["epoch_000001.png"]
+
+
+def test_git_state_knows_commit_and_changes(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert git_state(tmp_path) is None
+    git("init")
+    assert git_state(tmp_path) is None
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-m", "first")
+    state = git_state(tmp_path)
+    assert len(state["commit"]) == 40
+    assert state["dirty"] is False
+    (tmp_path / "file").write_text("b")
+    assert git_state(tmp_path)["dirty"] is True

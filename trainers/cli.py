@@ -1,0 +1,277 @@
+"""The command `ddpo`: reads arguments, calls one function per subcommand, turns user errors into one line.
+
+Nothing heavy is imported until a subcommand runs, so `ddpo --help` is instant.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trainers.launch import is_main_process, num_processes, prepare_threads, rank
+
+_OURS = ("ddpo", "rewards", "trainers")
+_ROOT = Path(__file__).resolve().parent.parent
+
+_TRAIN_EPILOG = """\
+CONFIG is a YAML file or a shipped name (shapes_ppo, sd15_jpeg, ...). It holds differences from the defaults.
+
+Override any key with --group.key VALUE, where VALUE is YAML:
+  --optimizer.learning_rate 1e-4   --rewards.0.weight 2   --model.offload true   --run.name null
+  --adapter.kind full              (the file's keys of the other kind are dropped)
+  --kl.kind adaptive --kl.target 3
+  --rewards.1.name my_rewards.py:sharpness   (one past the end appends)
+
+Several processes are started by the launcher, one per device:
+  accelerate launch scripts/train.py CONFIG [--key value ...]
+  accelerate launch --config_file configs/accelerate/multi_gpu_8.yaml scripts/train.py CONFIG
+  torchrun --standalone --nproc_per_node 8 -m trainers train CONFIG
+  ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m trainers train CONFIG     (two CPU processes)
+  torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT -m trainers train CONFIG
+  (`accelerate launch --cpu --num_processes 2` starts one process only.)
+
+Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.* and tracking.* may change:
+  ddpo train --resume runs/NAME [--epochs 200]
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        Exit status: 0, or 2 for a user error, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    prepare_threads()
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug or not is_user_error(error):
+            raise
+        process = f" (process {rank()})" if num_processes() > 1 else ""
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"error{process}: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether the message alone helps: a missing file, or a refusal raised by this project's own code."""
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    file = Path(frames[-1].filename).resolve()
+    ours = file.is_relative_to(_ROOT) and file.relative_to(_ROOT).parts[0] in _OURS
+    own_class = type(error).__module__.partition(".")[0] in _OURS
+    return own_class or (ours and isinstance(error, ValueError | ImportError))
+
+
+def _run(arguments: list[str]) -> None:
+    parser, subparsers = _parser()
+    command = arguments[0] if arguments else ""
+    overrides: list[str] = []
+    if command in ("train", "plan"):
+        from trainers.overrides import split_overrides
+
+        wants_help = any(argument in ("-h", "--help") for argument in arguments)
+        if wants_help:
+            _print_config_help(subparsers[command])
+            return
+        rest, overrides = split_overrides(arguments[1:], own=("--resume", "--checkpoint", "--num-processes"))
+        arguments = [command, *rest]
+    options = parser.parse_args(arguments)
+    options.run_command(options, overrides)
+
+
+def _print_config_help(parser: argparse.ArgumentParser) -> None:
+    from trainers.config_reference import reference
+
+    print(f"{parser.format_help()}\nEvery key, as an override; in YAML, the dots are nesting.\n\n{reference()}")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.resume is not None:
+        _resume(options, overrides)
+        return
+    if options.config is None:
+        raise ValueError("train needs a configuration, e.g. ddpo train shapes_ppo (ddpo train --help lists every key)")
+    from trainers.config_io import load_config, to_yaml
+    from trainers.preflight import preflight
+
+    config = load_config(options.config, overrides)
+    plan = preflight(config, num_processes=num_processes())
+    if is_main_process():
+        print(plan.describe(), flush=True)
+    from trainers.loop import train_from_config
+
+    _print_run(train_from_config(config, config_yaml=to_yaml(config, full=True)))
+
+
+def _resume(options: argparse.Namespace, overrides: list[str]) -> None:
+    from trainers.config_io import load_config, load_resumed, resume_overrides
+    from trainers.preflight import preflight
+
+    saved_file = options.resume / "config.yaml"
+    if not saved_file.is_file():
+        raise FileNotFoundError(f"{options.resume}: is no run folder (no config.yaml in it)")
+    if options.config is not None:
+        wanted = load_config(options.config, overrides)
+        overrides = resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)
+    config = load_resumed(saved_file, overrides)
+    plan = preflight(config, num_processes=num_processes())
+    if is_main_process():
+        print(plan.describe(), flush=True)
+    from trainers.loop import resume
+
+    _print_run(resume(options.resume, overrides, checkpoint=options.checkpoint))
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from trainers.config_io import load_config
+    from trainers.preflight import preflight
+
+    print(preflight(load_config(options.config, overrides), num_processes=options.num_processes).describe())
+
+
+def _sample(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.finished import sample_run
+
+    picture = sample_run(
+        options.run,
+        prompts=options.prompt,
+        seed=options.seed,
+        num_images=options.num_images,
+        output=options.output,
+        checkpoint=options.checkpoint,
+    )
+    print(picture)
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.finished import evaluate_run
+
+    folder = evaluate_run(options.run, checkpoint=options.checkpoint, output=options.output)
+    if is_main_process():
+        print(folder)
+
+
+def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.tracking import show_dashboard
+
+    show_dashboard(options.run, port=options.port, open_browser=options.open_browser)
+
+
+def _rewards_list(options: argparse.Namespace, _: list[str]) -> None:
+    from rewards.cli import list_rewards
+
+    print(list_rewards(verbose=options.verbose))
+
+
+def _rewards_score(options: argparse.Namespace, _: list[str]) -> None:
+    from rewards.cli import score
+
+    print(score(options.name, options.images, prompt=options.prompt))
+
+
+def _print_run(run: Path) -> None:
+    if is_main_process():
+        print(f"run folder: {run}")
+
+
+# -------------------------------------------------------------------------------------------------------------- parsing
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="ddpo",
+        description="Reinforcement learning for diffusers pipelines.",
+        epilog="--debug, or DDPO_DEBUG=1, shows the traceback of an error. ddpo COMMAND --help tells more.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = _command(commands, "train", _train, "fine-tune a pipeline", epilog=_TRAIN_EPILOG)
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file or shipped name")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run folder")
+    train.add_argument("--checkpoint", metavar="NAME", help="with --resume: checkpoint folder (default: the newest)")
+    plan = _command(commands, "plan", _plan, "print an epoch's work and check all inputs; loads no weights")
+    plan.add_argument("config", metavar="CONFIG", help="YAML file or shipped name, with --key value as in train")
+    plan.add_argument("--num-processes", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    _add_sample(commands)
+    _add_evaluate(commands)
+    _add_dashboard(commands)
+    _add_rewards(commands)
+    return parser, {"train": train, "plan": plan}
+
+
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    function: Callable[[argparse.Namespace, list[str]], None],
+    about: str,
+    *,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    usage = f"ddpo {name} CONFIG [--key value ...]" if name in ("train", "plan") else None
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        usage=usage,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run_command=function)
+    return parser
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "sample", _sample, "pictures of the pretrained and the tuned pipeline, side by side")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several")
+    parser.add_argument("--seed", type=int, default=0, help="noise seed (default 0)")
+    parser.add_argument("--num-images", type=_positive, default=4, help="images per prompt (default 4)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/samples)")
+    parser.add_argument("--checkpoint", help="name of a checkpoint (default: the newest)")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "rewards, KL and diversity on fixed prompts and seeds")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--checkpoint", help="name of a checkpoint (default: the newest)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: in the run folder)")
+
+
+def _add_dashboard(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "dashboard", _dashboard, "open the local page with all runs")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: the newest project)")
+    parser.add_argument("--port", type=int, help="port of the page (default: a free one)")
+    parser.add_argument("--no-browser", dest="open_browser", action="store_false", help="print the address only")
+
+
+def _add_rewards(commands: argparse._SubParsersAction) -> None:
+    rewards = commands.add_parser("rewards", help="list rewards, or score image files")
+    actions = rewards.add_subparsers(metavar="ACTION", required=True)
+    listing = _command(actions, "list", _rewards_list, "every reward that can be named")
+    listing.add_argument("--verbose", action="store_true", help="also where each comes from")
+    scoring = _command(actions, "score", _rewards_score, "score image files")
+    scoring.add_argument("name", metavar="NAME", help="registered name, file.py:name or module:name")
+    scoring.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    scoring.add_argument("--prompt", metavar="TEXT", help="the prompt of the images")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

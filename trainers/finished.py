@@ -1,0 +1,132 @@
+"""Looks back at a run: pretrained and fine-tuned model side by side, on new prompts or on the evaluation set."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpo import Policy, rollout, sample_seeds
+from rewards import WeightedSum
+from trainers.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from trainers.config import Config
+from trainers.config_io import load_config
+from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
+from trainers.pictures import caption, captioned, side_by_side, to_pil
+from trainers.policies import load_policy
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import PromptStream
+from trainers.report import write_comparison
+from trainers.run import RunFolder
+from trainers.state import TrainState
+
+
+def sample_run(
+    run: Path,
+    *,
+    prompts: list[str],
+    seed: int = 0,
+    num_images: int = 4,
+    output: Path | None = None,
+    checkpoint: str | None = None,
+) -> Path:
+    """Images of new prompts by the pretrained and the fine-tuned model, from the same seeds.
+
+    Args:
+        run: The run folder.
+        prompts: At least one text.
+        seed: Of the noise.
+        num_images: Images per prompt.
+        output: Folder to write to; None for `<run>/samples`.
+        checkpoint: Name of a checkpoint folder; None takes the newest.
+
+    Returns:
+        The picture with both side by side; single images lie beside it.
+    """
+    folder = RunFolder.open(run)
+    config = load_config(folder.path / "config.yaml")
+    processes = Processes(device=config.model.device)
+    state = load_state(folder, config, processes, checkpoint=checkpoint)
+    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    output = output or folder.path / "samples"
+    with state.ema.applied():
+        before, after = (
+            _images(state.policy, texts, seed=seed, batch_size=config.batch.sample_batch_size, mode=mode)
+            for mode in (state.policy.reference(), nullcontext())
+        )
+    metadata: list[dict[str, object]] = [{} for _ in texts]
+    old, new = (state.reward(images, texts, metadata).total.tolist() for images in (before, after))
+    output.mkdir(parents=True, exist_ok=True)
+    for i, (text, image, score) in enumerate(zip(texts, after, new, strict=True)):
+        captioned(to_pil(image), caption(text, score)).save(output / f"{i:03d}.png")
+    picture = output / "before_after.png"
+    side_by_side(before, after, texts, old, new).save(picture)
+    return picture
+
+
+def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | None = None) -> Path:
+    """Evaluates the pretrained and the fine-tuned model on the run's evaluation set and writes table and picture.
+
+    Args:
+        run: The run folder.
+        checkpoint: Name of a checkpoint folder; None takes the newest.
+        output: Folder to write to; None for `<run>/evaluation_<checkpoint>`.
+
+    Returns:
+        The folder written: `summary.txt`, `summary.json` and `before_after.png`.
+    """
+    folder = RunFolder.open(run)
+    config = load_config(folder.path / "config.yaml")
+    processes = Processes(device=config.model.device)
+    state = load_state(folder, config, processes, checkpoint=checkpoint)
+    heldout = WeightedSum(config.heldout_rewards, device=state.policy.device) if config.heldout_rewards else None
+    evaluator = Evaluator(
+        config.evaluation,
+        evaluation_prompts(config),
+        batch_size=config.batch.sample_batch_size,
+        processes=processes,
+        progress=Progress(enabled=processes.is_main),
+    )
+
+    def evaluate(mode: AbstractContextManager[None]) -> Evaluation:
+        with mode:
+            return evaluator(state.policy, state.reward, heldout)
+
+    before = evaluate(state.policy.reference())
+    after = evaluate(state.ema.applied())
+    output = output or folder.path / f"evaluation_epoch_{state.epoch:06d}"
+    if processes.is_main:
+        table = write_comparison(output, before, after, num_pictures=config.tracking.num_pictures)
+        print(table, flush=True)  # noqa: T201
+    return output
+
+
+def load_state(folder: RunFolder, config: Config, processes: Processes, *, checkpoint: str | None) -> TrainState:
+    """The state of a run at a checkpoint.
+
+    Raises:
+        CheckpointError: The run has none, or it is damaged.
+    """
+    source = latest_checkpoint(folder.path) if checkpoint is None else folder.checkpoints / checkpoint
+    if source is None:
+        raise CheckpointError(f"{folder.path} has no checkpoint yet; the first is written at the end of training")
+    contents = load_checkpoint(source)
+    reward = WeightedSum(config.rewards, device=processes.device)
+    policy = load_policy(config, str(processes.device))
+    unused = PromptStream(evaluation_prompts(config), seed=config.seed, shuffle=False)
+    state = TrainState.start(config, policy, reward, unused)
+    state.load(*contents, processes)
+    return state
+
+
+def _images(
+    policy: Policy, texts: list[str], *, seed: int, batch_size: int, mode: AbstractContextManager[None]
+) -> Tensor:
+    parts = []
+    with mode:
+        for start in range(0, len(texts), batch_size):
+            indices = range(start, min(start + batch_size, len(texts)))
+            condition = policy.encode([texts[i] for i in indices])
+            parts.append(policy.decode(rollout(policy, condition, sample_seeds(seed, 0, indices)).final))
+    return torch.cat(parts)

@@ -1,0 +1,210 @@
+"""How an epoch is cut into device batches, micro-batches and optimizer steps, and what it costs.
+
+The user says what an update means, over all processes: samples per epoch, images per prompt, updates per epoch. The
+devices' batch sizes only cut the work and never change a result. Legend: `N` samples per epoch, `P` processes, `S`
+stochastic steps, `S' = round(step_fraction S)` steps trained per sample and inner epoch, `U` updates per inner epoch.
+
+    a process samples N / P images: whole groups, so advantages need no other process's prompts
+    update u trains share_u of every sample's S' steps, sum_u share_u = S', shares differ by at most 1
+    it is accumulated over ceil(N / P * share_u / train_batch_size) micro-batches per process
+
+A denoiser row is one latent through the network; guidance doubles rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from ddpo.kl import FixedKL
+from trainers.config import Config
+
+KL_SAMPLES = 16  # per process, on which the KL is measured when it has no weight
+
+
+class PlanError(ValueError):
+    """The numbers of a configuration do not fit together; the message names possible ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """The work of one epoch. Tuples have one entry per batch or per update of an inner epoch.
+
+    Attributes:
+        num_processes: Processes that share an epoch.
+        epochs: Epochs of the run.
+        images_per_epoch: Samples over all processes.
+        group_size: Samples per prompt.
+        groups_per_epoch: Prompts drawn per epoch over all processes.
+        groups_per_process: Prompts of one process.
+        samples_per_process: Samples of one process.
+        sample_batches: Images of each denoiser batch while sampling, per process; the last may be smaller.
+        num_steps: Denoising steps of a sample.
+        num_stochastic: Those with noise: the policy's decisions.
+        steps_per_sample: Steps trained per sample and inner epoch.
+        shares: Steps of every sample that each update takes.
+        train_batch_size: Transitions per micro-batch; the last of an update may be smaller.
+        transitions_per_update: Transitions of each update, per process.
+        micro_batches_per_update: Forward and backward passes of each update, per process.
+        updates_per_epoch: Optimizer steps per inner epoch.
+        inner_epochs: Passes over an epoch's samples.
+        optimizer_steps_per_epoch: Optimizer steps per epoch.
+        optimizer_steps_total: Optimizer steps of the run.
+        sampling_rows: Denoiser rows for sampling per epoch, over all processes.
+        training_rows: Denoiser rows with backward pass per epoch, over all processes.
+        reference_rows: Rows for the KL per epoch, over all processes: of the pretrained denoiser at every sampled step
+            and trained transition when the KL has a weight, of both denoisers on a few samples when it has none.
+    """
+
+    num_processes: int
+    epochs: int
+    images_per_epoch: int
+    group_size: int
+    groups_per_epoch: int
+    groups_per_process: int
+    samples_per_process: int
+    sample_batches: tuple[int, ...]
+    num_steps: int
+    num_stochastic: int
+    steps_per_sample: int
+    shares: tuple[int, ...]
+    train_batch_size: int
+    transitions_per_update: tuple[int, ...]
+    micro_batches_per_update: tuple[int, ...]
+    updates_per_epoch: int
+    inner_epochs: int
+    optimizer_steps_per_epoch: int
+    optimizer_steps_total: int
+    sampling_rows: int
+    training_rows: int
+    reference_rows: int
+
+    @property
+    def denoiser_rows_per_epoch(self) -> int:
+        """All rows through the network per epoch, over all processes."""
+        return self.sampling_rows + self.training_rows + self.reference_rows
+
+    def describe(self) -> str:
+        """A table for people, without a final newline."""
+        each = " per process" if self.num_processes > 1 else ""
+        shares = _runs(self.shares)
+        rows = [
+            ("processes", f"{self.num_processes}"),
+            ("epoch", f"{self.images_per_epoch:,} images = {self.groups_per_epoch:,} prompts x {self.group_size}"),
+            ("sampling", f"{self.num_steps} steps; batches{each}: {_runs(self.sample_batches)} images"),
+            (
+                "training",
+                f"{self.steps_per_sample} of {self.num_stochastic} stochastic steps per image; "
+                f"{_count(self.updates_per_epoch, 'update')} x {_count(self.inner_epochs, 'inner epoch')}, "
+                f"steps an update: {shares}",
+            ),
+            ("an update", f"{_runs(self.transitions_per_update)} transitions{each}"),
+            ("", f"in {_runs(self.micro_batches_per_update)} micro-batches of {self.train_batch_size}{each}"),
+            (
+                "denoiser rows",
+                f"{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
+                f" + {self.training_rows:,} training + {self.reference_rows:,} reference",
+            ),
+            (
+                "run",
+                f"{_count(self.epochs, 'epoch')}, {self.optimizer_steps_total:,} optimizer steps, "
+                f"{self.epochs * self.images_per_epoch:,} images",
+            ),
+        ]
+        return "\n".join(f"{name:<14}{text}" for name, text in rows)
+
+
+def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> BatchPlan:
+    """Plans an epoch.
+
+    Args:
+        config: The run.
+        num_processes: Processes that share each epoch.
+        num_stochastic: Steps with noise, known once the schedule is; before, `config.sampler.num_steps` is an upper
+            bound (DDIM's last step may have none).
+
+    Raises:
+        PlanError: a number does not divide; the message names the nearest possible values.
+    """
+    batch, objective = config.batch, config.objective
+    samples = _divisible_samples(config, num_processes)
+    steps = max(1, round(objective.step_fraction * num_stochastic))
+    updates = objective.updates_per_epoch
+    if updates > steps:
+        raise PlanError(
+            f"objective.updates_per_epoch must be at most {steps}, got {updates}: each update takes its own share of "
+            f"the {steps} steps trained per image (step_fraction {objective.step_fraction:g} of {num_stochastic} "
+            f"stochastic steps); for more updates raise inner_epochs"
+        )
+    shares = split_evenly(steps, updates)
+    transitions = tuple(samples * share for share in shares)
+    guided = 2 if config.sampler.guidance_scale > 1 else 1
+    sampled, trained = batch.samples_per_epoch, batch.samples_per_epoch * steps * objective.inner_epochs
+    training_rows = trained * (guided if objective.train_guidance == "same" else 1)
+    return BatchPlan(
+        num_processes=num_processes,
+        epochs=config.epochs,
+        images_per_epoch=batch.samples_per_epoch,
+        group_size=batch.group_size,
+        groups_per_epoch=batch.samples_per_epoch // batch.group_size,
+        groups_per_process=samples // batch.group_size,
+        samples_per_process=samples,
+        sample_batches=chunks(samples, batch.sample_batch_size),
+        num_steps=config.sampler.num_steps,
+        num_stochastic=num_stochastic,
+        steps_per_sample=steps,
+        shares=shares,
+        train_batch_size=batch.train_batch_size,
+        transitions_per_update=transitions,
+        micro_batches_per_update=tuple(math.ceil(count / batch.train_batch_size) for count in transitions),
+        updates_per_epoch=updates,
+        inner_epochs=objective.inner_epochs,
+        optimizer_steps_per_epoch=updates * objective.inner_epochs,
+        optimizer_steps_total=updates * objective.inner_epochs * config.epochs,
+        sampling_rows=sampled * config.sampler.num_steps * guided,
+        training_rows=training_rows,
+        reference_rows=_reference_rows(config, samples, num_processes, num_stochastic, guided, training_rows),
+    )
+
+
+def _reference_rows(
+    config: Config, samples: int, num_processes: int, num_stochastic: int, guided: int, training_rows: int
+) -> int:
+    """With a KL weight: every sampled step and every trained transition. Without: a few samples, twice, to report it."""
+    if isinstance(config.kl, FixedKL) and config.kl.alpha == 0:
+        return 2 * min(KL_SAMPLES, samples) * num_processes * num_stochastic * guided
+    return config.batch.samples_per_epoch * num_stochastic * guided + training_rows
+
+
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """`parts` whole numbers that sum to `total` and differ by at most 1, larger ones first."""
+    size, more = divmod(total, parts)
+    return (size + 1,) * more + (size,) * (parts - more)
+
+
+def chunks(total: int, size: int) -> tuple[int, ...]:
+    """`total` cut into pieces of `size`, the last one smaller where it does not divide."""
+    full, rest = divmod(total, size)
+    return (size,) * full + ((rest,) if rest else ())
+
+
+def _divisible_samples(config: Config, num_processes: int) -> int:
+    """Samples of one process; groups never straddle processes."""
+    samples, group = config.batch.samples_per_epoch, config.batch.group_size
+    unit = group * num_processes
+    if samples % unit == 0:
+        return samples // num_processes
+    below, above = samples // unit * unit, (samples // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else f"{above}"
+    reason = f"batch.group_size {group}" + (f" x {num_processes} processes" if num_processes > 1 else "")
+    raise PlanError(
+        f"batch.samples_per_epoch must be a multiple of {unit} ({reason}), got {samples}; nearest possible: {nearest}"
+    )
+
+
+def _runs(numbers: tuple[int, ...]) -> str:
+    """`3 x 8 + 4` for (8, 8, 8, 4)."""
+    counts = {number: numbers.count(number) for number in dict.fromkeys(numbers)}
+    return " + ".join(f"{count} x {number:,}" if count > 1 else f"{number:,}" for number, count in counts.items())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,22 @@
+"""Builds the policy that a configuration describes."""
+
+from ddpo import Policy
+from trainers.config import Config
+
+
+def load_policy(config: Config, device: str) -> Policy:
+    """The policy of a configuration, at its pretrained weights."""
+    policy = Policy.from_pretrained(
+        config.model.path,
+        sampler=config.sampler,
+        adapter=config.adapter,
+        precision=config.model.precision,
+        device=device,
+        offload=config.model.offload,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        seed=config.seed,
+    )
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing()
+    return policy

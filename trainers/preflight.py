@@ -1,0 +1,67 @@
+"""Everything that can be found wrong before weights load: missing rewards, prompts, folders and packages, the plan."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from trainers.config import Config
+from trainers.config_errors import ConfigError
+from trainers.plan import BatchPlan, make_plan
+from trainers.prompts import load_prompts
+
+
+def preflight(config: Config, *, num_processes: int) -> BatchPlan:
+    """Checks what a run will need and plans it, taking every denoising step as stochastic.
+
+    Raises:
+        ValueError: what is missing, where it was looked for, and the cure.
+    """
+    check_model(config)
+    check_rewards(config)
+    check_trackers(config)
+    check_output(config)
+    load_prompts(config.prompts)
+    if config.evaluation.prompts is not None:
+        load_prompts(config.evaluation.prompts)
+    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.num_steps)
+
+
+def check_model(config: Config) -> None:
+    """Refuses a folder that is not there; a hub id (`owner/name`) is only known to be wrong when it is loaded."""
+    path = Path(config.model.path).expanduser()
+    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ConfigError(f"model.path: {path} is a folder without model_index.json, so no diffusers pipeline")
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"model.path: there is no folder {path} (looked for {path.absolute()})")
+
+
+def check_rewards(config: Config) -> None:
+    """Finds every reward by name, without loading its weights."""
+    from rewards.registry import find
+
+    for group in ("rewards", "heldout_rewards"):
+        for i, term in enumerate(getattr(config, group)):
+            try:
+                find(term.name)
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"{group}.{i}.name: {error}") from error
+
+
+def check_trackers(config: Config) -> None:
+    """Refuses a tracker whose package is not installed."""
+    for name in config.tracking.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"tracking.trackers: {name} is not installed: pip install 'ddpo[{name}]', or --tracking.trackers '[]'"
+            )
+
+
+def check_output(config: Config) -> None:
+    """Refuses an output folder that cannot be made or written."""
+    folder = Path(config.run.output_dir).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.output_dir: cannot make {folder}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.output_dir: cannot write to {existing}; choose another folder with --run.output_dir")

@@ -1,0 +1,230 @@
+"""A run folder: everything one training run leaves behind, readable without this package.
+
+<output_dir>/<name>/
+  config.yaml        the resolved configuration
+  environment.json   versions, machine, git commit, command line, start time; one more entry per resume
+  metrics.jsonl      one JSON object per epoch, appended as the run goes
+  pictures/          sample grids
+  checkpoints/       see `trainers.checkpoint`
+  lora/              the final weights, for `pipe.load_lora_weights`
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from numbers import Integral, Real
+from pathlib import Path
+
+from PIL import Image
+
+from trainers.environment import describe_environment
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+_VALID_NAME = re.compile(r"\w[\w.+=-]*")
+
+Metric = float | int | str | bool | None | Sequence[float]
+
+
+class RunError(ValueError):
+    """A run folder cannot be made, found or read; the message names the cure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """An existing run folder.
+
+    Attributes:
+        path: The folder; its name is the name of the run.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, output_dir: str | Path, name: str | None, config_yaml: str, *, stem: str = "run") -> "RunFolder":
+        """Makes a new run folder with its configuration and environment, on the main process, before weights load.
+
+        Args:
+            output_dir: Parent of all runs; made when missing.
+            name: Folder name, or None for `<stem>-<UTC time>`, with a counter if that is taken.
+            config_yaml: The resolved configuration as text.
+            stem: Name of the configuration file without its suffix.
+
+        Raises:
+            RunError: The name is taken or not a plain folder name, or the folder cannot be written.
+        """
+        output_dir = Path(output_dir)
+        if name is not None and not _VALID_NAME.fullmatch(name):
+            raise RunError(
+                f"run.name must be letters, digits and any of _ . + = -, starting with a letter or digit, got {name!r}"
+            )
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            path = _make_named(output_dir / name) if name else _make_numbered(output_dir, _default_name(stem))
+            run = cls(path=path)
+            (path / CONFIG).write_text(config_yaml)
+            _write_json(path / ENVIRONMENT, describe_environment())
+            run.metrics_path.touch()
+            for folder in (run.pictures, run.checkpoints):
+                folder.mkdir()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunError(
+                f"cannot write a run folder in {output_dir}: {reason}; choose a writable one with --run.output_dir"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """The existing run at `path`; `RunError`, naming the runs beside it, when there is none."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            parent = path if path.is_dir() else path.parent
+            runs = sorted(config.parent.name for config in parent.glob(f"*/{CONFIG}"))
+            known = f"; the runs in {parent} are {', '.join(runs)}" if runs else ""
+            raise RunError(f"{path} is not a run folder (no {CONFIG} in it){known}")
+        return cls(path=path)
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.path.resolve().name
+
+    @property
+    def metrics_path(self) -> Path:
+        """The metrics, one JSON object a line."""
+        return self.path / METRICS
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of sample grids."""
+        return self.path / "pictures"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def lora(self) -> Path:
+        """Folder of the final weights; made by whoever writes them."""
+        return self.path / "lora"
+
+    def config_yaml(self) -> str:
+        """The configuration the run was started with."""
+        return (self.path / CONFIG).read_text()
+
+    def note_resume(self, checkpoint: str) -> None:
+        """Adds the present environment, and the checkpoint taken up, to environment.json."""
+        environment = json.loads((self.path / ENVIRONMENT).read_text())
+        resumed = [*environment.get("resumed", []), {"checkpoint": checkpoint, **describe_environment()}]
+        _write_json(self.path / ENVIRONMENT, {**environment, "resumed": resumed})
+
+    def save_picture(self, image: Image.Image, name: str) -> Path:
+        """Writes `pictures/<name>.png`, visible only when complete, and returns its path."""
+        path = self.pictures / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        image.save(partial, format="png")
+        partial.replace(path)
+        return path
+
+    def append_metrics(self, row: Mapping[str, Metric]) -> None:
+        """Appends one epoch's metrics as a line and hands it to the operating system before returning.
+
+        Args:
+            row: Must have an integer "epoch". Floats are written bit-exactly; NaN and infinities, which JSON lacks,
+                as null; sequences as lists.
+        """
+        assert isinstance(row["epoch"], Integral), "a row of metrics needs its epoch"
+        line = json.dumps({key: _jsonable(key, value) for key, value in row.items()}, allow_nan=False) + "\n"
+        _drop_partial_line(self.metrics_path)
+        with self.metrics_path.open("a") as file:
+            file.write(line)
+
+    def truncate_metrics(self, after_epoch: int) -> None:
+        """Keeps only rows whose "epoch" is at most `after_epoch`: what the checkpoint taken up has seen."""
+        kept = [row for row in read_metrics(self.path) if row["epoch"] <= after_epoch]
+        partial = self.path / f".{METRICS}.partial"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self.metrics_path)
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """Rows of a run's metrics.jsonl, oldest first, without a last line that is only half written.
+
+    Raises:
+        RunError: There is no such file, or a line other than the last is damaged.
+    """
+    path = Path(run) / METRICS
+    if not path.is_file():
+        raise RunError(f"{run} has no {METRICS}: is it a run folder?")
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number} is not JSON ({error}): remove the line") from error
+    return rows
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cuts what follows the last newline, if anything does."""
+    with path.open("a+b") as file:
+        if file.tell() == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+
+def _jsonable(key: str, value: object) -> object:
+    """Plain Python numbers; null for what is not finite."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Sequence):
+        return [_jsonable(key, item) for item in value]
+    raise TypeError(f"metric {key!r} is a {type(value).__name__}: log numbers, strings or lists of them")
+
+
+def _default_name(stem: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', stem)}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def _make_named(path: Path) -> Path:
+    try:
+        path.mkdir()
+    except FileExistsError as error:
+        raise RunError(
+            f"{path} exists already: choose another --run.name, or continue that run with `ddpo train --resume {path}`"
+        ) from error
+    return path
+
+
+def _make_numbered(output_dir: Path, name: str) -> Path:
+    """The first free of name, name-2, name-3, ...; made atomically, since several runs may start in one second."""
+    for counter in itertools.count(1):
+        path = output_dir / (name if counter == 1 else f"{name}-{counter}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
+
+
+def _write_json(path: Path, value: object) -> None:
+    """Writes indented JSON that replaces the file at once."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""One tracker per file; `trainers.tracking` has the table of them."""

@@ -1,0 +1,70 @@
+"""YAML as configuration files mean it: the core schema of YAML 1.2, duplicate keys refused.
+
+PyYAML's default reads `1e-4` as text, `off` as false, `010` as eight, dates as objects, and keeps the last of two equal
+keys in silence. Here `true` and `false` are the only booleans and every number format reads as a number.
+"""
+
+import re
+from collections.abc import Hashable
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either reader would not read back as text."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"^<<$"), ["<"])
+_Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+
+
+def parse(text: str) -> object:
+    """Reads one YAML document.
+
+    Raises:
+        ValueError: with line, column and what is wrong.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def dump(value: object, *, inline: bool = False) -> str:
+    """Writes YAML that `parse` reads back unchanged; `inline` gives one line without a newline."""
+    style = {"default_flow_style": True, "width": 10**6} if inline else {"width": 110}
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+    if parse(text) != value:  # PyYAML does not read back some line separators, e.g. U+0085, unless they are escaped
+        text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, **style)
+    return text.removesuffix("...\n").strip() if inline else text
