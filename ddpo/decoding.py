@@ -67,6 +67,8 @@ class Decoder:
             return (latents,)
 
         with ExitStack() as stack:
+            # The pipeline draws initial latents that the tail does not see: leave no trace in the global generators.
+            stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
             stack.enter_context(self.auxiliaries())
             stack.enter_context(hollowed(self._denoiser))
             stack.enter_context(replaced(pipeline.scheduler, "step", step))

@@ -69,13 +69,20 @@ def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None
         seed: Of the adapter's random initialisation (A; B starts at 0, so the model is unchanged).
 
     Raises:
-        ValueError: No layer of the denoiser matches `target_modules`.
+        ValueError: An entry of `target_modules` matches no layer.
     """
     if isinstance(config, FullConfig):
         denoiser.float().requires_grad_(True)
         return
     denoiser.requires_grad_(False)
     targets = config.target_modules or default_targets(denoiser)
+    names = [name for name, layer in denoiser.named_modules() if _adaptable(layer)]
+    missing = [target for target in targets if not any(name == target or name.endswith("." + target) for name in names)]
+    if missing:
+        raise ValueError(
+            f"adapter.target_modules {missing} match no layer of {type(denoiser).__name__}; "
+            f"its adaptable layers are called {', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         settings = peft.LoraConfig(
@@ -84,14 +91,7 @@ def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None
             target_modules=list(targets),
             init_lora_weights="gaussian",
         )
-        try:
-            peft.inject_adapter_in_model(settings, denoiser, adapter_name=ADAPTER)
-        except ValueError as error:
-            layers = sorted({name.rsplit(".", 1)[-1] for name, layer in denoiser.named_modules() if _adaptable(layer)})
-            raise ValueError(
-                f"adapter.target_modules {tuple(targets)} match no layer of {type(denoiser).__name__}; "
-                f"its adaptable layers are called {', '.join(layers)}"
-            ) from error
+        peft.inject_adapter_in_model(settings, denoiser, adapter_name=ADAPTER)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -20,7 +20,7 @@ from ddpo import lora
 from ddpo.decoding import Decoder
 from ddpo.denoiser import DTYPES, Denoiser, Precision
 from ddpo.gaussian import Gaussian
-from ddpo.guidance import GuidanceRule, no_guidance
+from ddpo.guidance import GuidanceRule
 from ddpo.loading import load_pipeline
 from ddpo.prediction import predict
 from ddpo.samplers import SamplerConfig, make_schedule
@@ -296,7 +296,8 @@ class Policy:
         with self.denoiser.autocast():
             (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)
         self.rule = find_rule(real, self._replay)
-        self.unguided = GuidanceRule(name="unguided", layout="single", combine=no_guidance)
+        guide = self.rule.combine  # of two equal branches it is the conditional output, whatever else the rule does
+        self.unguided = GuidanceRule(name="unguided", layout="single", combine=lambda _, p, scale: guide(p, p, 1.0))
 
     def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
         scheduler = self.pipeline.scheduler

@@ -72,9 +72,9 @@ def cps_std(grid: Grid, eta: float) -> Tensor:
 
 
 def flow_sde_std(grid: Grid, eta: float) -> Tensor:
-    """Flow-GRPO's noise level, (T,). At s = 1, where it diverges, the level of the step's end stands in for s."""
+    """Flow-GRPO's noise level, (T,). At s = 1, where 1 - s vanishes, the level of the step's end stands in there."""
     level = torch.where(grid.s < 1, grid.s, grid.s_next)
-    return eta * (level / (1 - level)).sqrt() * (grid.s - grid.s_next).sqrt()
+    return eta * (grid.s / (1 - level)).sqrt() * (grid.s - grid.s_next).sqrt()
 
 
 def dance_sde_std(grid: Grid, eta: float) -> Tensor:

@@ -99,7 +99,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         A `DDIMScheduler` or the given `FlowMatchEulerDiscreteScheduler`.
 
     Raises:
-        ValueError: The scheduler has neither `alphas_cumprod` nor flow-matching sigmas, or thresholds x0 dynamically.
+        ValueError: The scheduler has neither `alphas_cumprod` nor flow-matching sigmas, is a VP solver set up for flow
+            matching, or thresholds x0 dynamically.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler
@@ -108,11 +109,21 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
             f"scheduler {type(scheduler).__name__} has no alphas_cumprod and is not FlowMatchEulerDiscreteScheduler: "
             "its noise schedule is unknown. Give the pipeline a DDIMScheduler or a FlowMatchEulerDiscreteScheduler."
         )
-    overrides = {}
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction", "sample") or scheduler.config.get("use_flow_sigmas", False):
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} with prediction_type {kind!r} runs a flow-matching model with a VP solver; "
+            "give the pipeline a FlowMatchEulerDiscreteScheduler"
+        )
+    overrides: dict[str, object] = {}
     if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         # Solvers without these two options never clip, but DDIMScheduler's own default would clip latents to [-1, 1].
         overrides["clip_sample"] = scheduler.config.get("clip_sample", False)
         overrides["set_alpha_to_one"] = scheduler.config.get("set_alpha_to_one", False)
+        # from_config leaves out what equals the other class's defaults, which are not DDIMScheduler's.
+        overrides |= {
+            key: scheduler.config[key] for key in ("timestep_spacing", "steps_offset") if key in scheduler.config
+        }
     ddim = DDIMScheduler.from_config(scheduler.config, **overrides)
     if ddim.config.thresholding:
         raise ValueError(

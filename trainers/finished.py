@@ -1,5 +1,7 @@
 """Looks back at a run: pretrained and fine-tuned model side by side, on new prompts or on the evaluation set."""
 
+import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpo import Policy, rollout, sample_seeds
-from rewards import WeightedSum
+from rewards import RewardError, WeightedSum
 from trainers.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
@@ -55,11 +57,10 @@ def sample_run(
             _images(state.policy, texts, seed=seed, batch_size=config.batch.sample_batch_size, mode=mode)
             for mode in (state.policy.reference(), nullcontext())
         )
-    metadata: list[dict[str, object]] = [{} for _ in texts]
-    old, new = (state.reward(images, texts, metadata).total.tolist() for images in (before, after))
+    old, new = _scores(state.reward, before, texts), _scores(state.reward, after, texts)
     output.mkdir(parents=True, exist_ok=True)
     for i, (text, image, score) in enumerate(zip(texts, after, new, strict=True)):
-        captioned(to_pil(image), caption(text, score)).save(output / f"{i:03d}.png")
+        captioned(to_pil(image), text if math.isnan(score) else caption(text, score)).save(output / f"{i:03d}.png")
     picture = output / "before_after.png"
     side_by_side(before, after, texts, old, new).save(picture)
     return picture
@@ -118,6 +119,15 @@ def load_state(folder: RunFolder, config: Config, processes: Processes, *, check
     state = TrainState.start(config, policy, reward, unused)
     state.load(*contents, processes)
     return state
+
+
+def _scores(reward: WeightedSum, images: Tensor, texts: list[str]) -> list[float]:
+    """Scores where the run's rewards apply: a free prompt may be none of theirs, and the pictures count here."""
+    try:
+        return reward(images, texts, [{} for _ in texts]).total.tolist()
+    except RewardError as error:
+        warnings.warn(f"pictures without scores: {error}", stacklevel=2)
+        return [math.nan] * len(texts)
 
 
 def _images(

@@ -100,7 +100,7 @@ def side_by_side(
         before: (B, 3, H, W) in [0, 1].
         after: The same shape.
         prompts: One per pair, wrapped over the width of the pair.
-        scores_before: One per pair.
+        scores_before: One per pair; NaN for none.
         scores_after: One per pair; green where higher than before, red where lower.
         columns: Pairs in a row; None for about as wide as high.
         scale: Whole enlargement factor; None to choose one.
@@ -111,7 +111,7 @@ def side_by_side(
         raise ValueError(f"side_by_side needs the same number, at least one, of everything, got {sorted(counts)}")
     blocks = []
     for left, right, prompt, old, new in zip(before, after, prompts, scores_before, scores_after, strict=True):
-        score_lines = [(f"{old:.3g}", GREY)], [(f"{new:.3g}", _verdict(old, new))]
+        score_lines = [(_number(old), GREY)], [(_number(new), _verdict(old, new))]
         pair = [_stack(enlarge(to_pil(x), scale), lines) for x, lines in zip((left, right), score_lines, strict=True)]
         pair_image = _arrange(pair, 2, margin=PAIR_MARGIN)
         lines = [(line, INK) for line in _wrap(prompt, pair_image.width - 2 * PAIR_MARGIN, PROMPT_LINES)]
@@ -204,8 +204,12 @@ def _caption_lines(text: str, width: int) -> list[Line]:
     return lines + [(_wrap(line, width, 1)[0], GREY) for line in rest]
 
 
+def _number(score: float) -> str:
+    return "" if math.isnan(score) else f"{score:.3g}"
+
+
 def _verdict(old: float, new: float) -> Colour:
-    if new == old:
+    if new == old or math.isnan(new):
         return GREY
     return BETTER if new > old else WORSE
 

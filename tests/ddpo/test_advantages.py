@@ -1,0 +1,173 @@
+"""Advantages against naive loops."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpo.advantages import AdvantageConfig, AdvantageEstimator, cost_to_go, leave_one_out
+from ddpo.validation import FieldError
+
+scores_lists = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12)
+
+
+def estimate(scores, groups, *, prompts=None, kl=None, alpha=0.0, num_steps=1, **config):
+    scores, groups = torch.as_tensor(scores, dtype=torch.float32), torch.as_tensor(groups)
+    prompts = prompts or [f"prompt {group}" for group in groups.tolist()]
+    estimator = AdvantageEstimator(AdvantageConfig(**config))
+    return estimator(scores, groups, prompts, kl=kl, alpha=alpha, num_steps=num_steps)
+
+
+@given(scores_lists, st.data())
+def test_leave_one_out_subtracts_the_mean_of_the_others(scores, data):
+    groups = data.draw(st.lists(st.integers(0, 3), min_size=len(scores), max_size=len(scores)))
+    values = torch.tensor(scores, dtype=torch.float64)
+    result = leave_one_out(values, torch.tensor(groups))
+    for i, (value, group) in enumerate(zip(scores, groups, strict=True)):
+        others = [scores[j] for j in range(len(scores)) if groups[j] == group and j != i]
+        expected = value - sum(others) / len(others) if others else 0.0
+        assert math.isclose(float(result[i]), expected, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_the_leave_one_out_baseline_does_not_shrink_the_gradient():
+    """E[(r - b) dlog p] for r = x, x ~ N(theta, 1) is 1 whatever the group size G; a plain mean gives 1 - 1/G."""
+    x = torch.randn(200_000, 4, dtype=torch.float64)
+    groups = torch.arange(200_000).repeat_interleave(4)
+    own = leave_one_out(x.flatten(), groups)
+    per_group = (own * x.flatten()).reshape(-1, 4).mean(1)
+    error = per_group.std() / math.sqrt(len(per_group))
+    assert abs(per_group.mean() - 1) < 4.5 * error
+    plain = ((x - x.mean(1, keepdim=True)) * x).mean()
+    assert abs(plain - 0.75) < 0.01
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 10), st.integers(0, 999))
+def test_cost_to_go_equals_a_double_loop_over_later_steps(batch, steps, alpha, seed):
+    kl = torch.rand(batch, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    result = cost_to_go(kl, alpha)
+    for b in range(batch):
+        for k in range(steps):
+            expected = alpha * sum(float(kl[b, j]) for j in range(k + 1, steps))
+            assert math.isclose(float(result[b, k]), expected, rel_tol=1e-9, abs_tol=1e-12)
+
+
+@given(st.integers(0, 999), st.sampled_from(["none", "std", "batch_std"]), st.sampled_from(["group", "batch"]))
+def test_advantages_equal_a_naive_loop(seed, scale, baseline):
+    generator = torch.Generator().manual_seed(seed)
+    scores, kl = torch.randn(12, generator=generator), torch.rand(12, 3, generator=generator)
+    groups, alpha = torch.arange(12) // 4, 0.7
+    result = estimate(
+        scores, groups, kl=kl, alpha=alpha, num_steps=3, baseline=baseline, scale=scale, clip=None,
+    )  # fmt: skip
+    for i in range(12):
+        members = [j for j in range(12) if baseline == "batch" or groups[j] == groups[i]]
+        others = [j for j in members if j != i]
+        pool = scores[members if scale == "std" else list(range(12))].double()
+        divisor = 1.0 if scale == "none" else float(pool.std(correction=0))
+        for k in range(3):
+            returns = scores.double() - alpha * kl[:, k + 1 :].double().sum(1)
+            expected = float(returns[i] - returns[others].mean()) / divisor
+            assert math.isclose(float(result.values[i, k]), expected, rel_tol=1e-5, abs_tol=1e-5)
+        assert math.isclose(float(result.kl_weight[i]), alpha / divisor, rel_tol=1e-5)
+
+
+def test_groups_need_not_be_contiguous():
+    scores = torch.randn(8)
+    order = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
+    groups = torch.arange(8) // 4
+    straight, shuffled = estimate(scores, groups), estimate(scores[order], groups[order])
+    torch.testing.assert_close(straight.values[order], shuffled.values)
+
+
+def test_a_group_without_variance_gives_zero_and_is_counted():
+    scores = [1.0, 1.0, 0.0, 3.0, 7.1, 7.1]
+    result = estimate(scores, [0, 0, 1, 1, 2, 2], kl=torch.rand(6, 2), alpha=0.5, num_steps=2)
+    assert result.zero_variance_groups == 2
+    flat = [0, 1, 4, 5]
+    assert result.values[flat].eq(0).all() and result.kl_weight[flat].eq(0).all()
+    assert result.values[2:4].ne(0).all() and result.kl_weight[2:4].gt(0).all()
+
+
+@pytest.mark.parametrize("scale", ["none", "std", "batch_std"])
+@pytest.mark.parametrize("baseline", ["group", "prompt", "batch"])
+def test_equal_scores_give_zero_and_never_nan(baseline, scale):
+    result = estimate([0.1] * 6, [0, 0, 0, 1, 1, 1], baseline=baseline, scale=scale)
+    assert result.zero_variance_groups == 2
+    torch.testing.assert_close(result.values, torch.zeros(6, 1), rtol=0, atol=1e-7)
+
+
+def test_clip_bounds_the_advantages_and_reports_the_share():
+    result = estimate([0.0] * 19 + [100.0], [0] * 20, clip=2.0, num_steps=1)
+    assert result.values.max() == 2.0
+    assert result.clipped == pytest.approx(1 / 20)
+    unclipped = estimate([0.0] * 19 + [100.0], [0] * 20, clip=None)
+    assert unclipped.clipped == 0 and unclipped.values.max() > 2
+
+
+def test_dividing_by_the_std_divides_reward_cost_and_kl_weight_alike():
+    scores, kl = torch.randn(16), torch.rand(16, 3)
+    groups = torch.arange(16) // 8
+    plain = estimate(scores, groups, kl=kl, alpha=0.3, num_steps=3, scale="none", clip=None)
+    scaled = estimate(scores, groups, kl=kl, alpha=0.3, num_steps=3, scale="batch_std", clip=None)
+    std = scores.std(correction=0)
+    torch.testing.assert_close(scaled.values * std, plain.values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled.kl_weight * std, plain.kl_weight)
+
+
+def test_rescaling_reward_and_alpha_together_changes_nothing_when_divided_by_the_std():
+    scores, kl = torch.randn(16), torch.rand(16, 3)
+    groups = torch.arange(16) // 8
+    one = estimate(scores, groups, kl=kl, alpha=0.3, num_steps=3)
+    ten = estimate(10 * scores, groups, kl=kl, alpha=3.0, num_steps=3)
+    torch.testing.assert_close(one.values, ten.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.kl_weight, ten.kl_weight, rtol=1e-4, atol=1e-6)
+
+
+def test_without_kl_every_step_has_the_same_advantage():
+    result = estimate(torch.randn(8), torch.arange(8) // 4, num_steps=5)
+    assert result.values.shape == (8, 5)
+    assert (result.values == result.values[:, :1]).all()
+
+
+def test_prompt_history_uses_the_batch_until_min_count_then_the_prompts_own_last_scores():
+    estimator = AdvantageEstimator(AdvantageConfig(baseline="prompt", min_count=4, buffer_size=6, clip=None))
+
+    def run(scores, prompts):
+        scores = torch.tensor(scores)
+        return estimator(scores, torch.zeros(len(scores), dtype=torch.int64), prompts, kl=None, alpha=0.0, num_steps=1)
+
+    first = run([1.0, 2.0, 5.0], ["a", "a", "b"]).values[:, 0]
+    batch = torch.tensor([1.0, 2.0, 5.0])
+    torch.testing.assert_close(first, (batch - batch.mean()) / batch.std(correction=0))
+
+    second = run([3.0, 4.0, 7.0], ["a", "a", "b"]).values[:, 0]
+    known = torch.tensor([1.0, 2.0, 3.0, 4.0])  # "a" has min_count scores now, "b" has two
+    torch.testing.assert_close(second[:2], (known[2:] - known.mean()) / known.std(correction=0))
+    batch = torch.tensor([3.0, 4.0, 7.0])
+    torch.testing.assert_close(second[2], (batch[2] - batch.mean()) / batch.std(correction=0))
+
+    third = run([5.0, 6.0, 9.0], ["a", "a", "a"]).values[:, 0]
+    recent = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0, 9.0])  # the oldest of seven fell out of the buffer
+    torch.testing.assert_close(third, (recent[3:] - recent.mean()) / recent.std(correction=0))
+
+
+def test_prompt_history_survives_a_round_trip_through_json():
+    config = AdvantageConfig(baseline="prompt", min_count=2, buffer_size=3)
+    scores, groups, prompts = torch.randn(6), torch.arange(6) // 3, list("aaabbb")
+    continued, restored = AdvantageEstimator(config), AdvantageEstimator(config)
+    continued(scores, groups, prompts, kl=None, alpha=0.0, num_steps=2)
+    restored.load_state_dict(json.loads(json.dumps(continued.state_dict())))
+    later = torch.randn(6)
+    one, two = (e(later, groups, prompts, kl=None, alpha=0.0, num_steps=2) for e in (continued, restored))
+    assert torch.equal(one.values, two.values)
+    assert continued.state_dict() == restored.state_dict()
+    assert all(len(history) == 3 for history in restored.state_dict().values())
+
+
+@pytest.mark.parametrize(("field", "value"), [("clip", 0.0), ("min_count", 1), ("buffer_size", 8)])
+def test_an_option_out_of_range_is_refused_with_its_field(field, value):
+    with pytest.raises(FieldError, match=f"{field} must be .*got {value}"):
+        AdvantageConfig(**{field: value})

@@ -1,0 +1,115 @@
+"""What is trained, and that other tools load it."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from ddpo import FullConfig, LoraConfig, rollout
+from ddpo.lora import default_targets
+from ddpo.validation import FieldError
+from tests.ddpo.tools import PROMPTS, SIZE, make_policy, perturb, prior
+from tests.tiny import tiny_stable_diffusion
+
+
+def output(unet, latents):
+    embeddings = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return unet(latents, torch.tensor(500), encoder_hidden_states=embeddings).sample
+
+
+def test_the_default_targets_are_the_attention_projections():
+    pipeline = tiny_stable_diffusion()
+    assert default_targets(pipeline.unet) == ("to_q", "to_k", "to_v", "to_out.0")
+    policy = make_policy(pipeline=pipeline)
+    adapted = {name.split(".lora_")[0].split("transformer_blocks.0.")[1] for name in policy.trainable()}
+    assert adapted == {f"attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+def test_targets_can_be_chosen():
+    policy = make_policy(adapter=LoraConfig(rank=2, target_modules=("conv1", "to_q")))
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in policy.trainable()} == {"conv1", "to_q"}
+
+
+def test_targets_that_match_nothing_are_refused_with_the_layers_that_exist():
+    with pytest.raises(ValueError, match=r"target_modules.*'to_query'.*UNet2DConditionModel.*to_k.*to_q"):
+        make_policy(adapter=LoraConfig(target_modules=("to_query",)))
+
+
+def test_one_misspelt_target_among_good_ones_is_refused():
+    with pytest.raises(ValueError, match="to_query"):
+        make_policy(adapter=LoraConfig(target_modules=("to_query", "to_k")))
+
+
+def test_the_adapter_starts_as_the_pretrained_model():
+    policy, latents = make_policy(), torch.randn(2, 4, 8, 8)
+    assert torch.equal(output(policy.pipeline.unet, latents), output(tiny_stable_diffusion().unet, latents))
+
+
+def test_the_initial_adapter_depends_on_its_seed_and_not_on_the_global_one():
+    weights = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        policy = make_policy(seed=seed)
+        weights.append(torch.cat([parameter.flatten() for parameter in policy.trainable().values()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("adapter", [LoraConfig(rank=2), FullConfig()], ids=["lora", "full"])
+def test_trained_weights_are_float32_whatever_the_network_is(adapter, precision):
+    policy = make_policy(adapter=adapter, precision=precision)
+    trained = policy.trainable()
+    assert trained and all(parameter.dtype == torch.float32 for parameter in trained.values())
+    if isinstance(adapter, LoraConfig):
+        frozen = [p for p in policy.pipeline.unet.parameters() if not p.requires_grad]
+        assert all(p.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision] for p in frozen)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "tolerance"), [(4, None, 0), (4, 8.0, 0), (4, 1.0, 0), (4, 6.0, 1e-5)])
+def test_a_saved_adapter_gives_the_same_network_in_a_stock_pipeline(tmp_path, rank, alpha, tolerance):
+    """Baking alpha / rank into B is exact for powers of two, else one more rounding of B."""
+    policy, latents = make_policy(adapter=LoraConfig(rank=rank, alpha=alpha)), torch.randn(2, 4, 8, 8)
+    perturb(policy)
+    policy.save(tmp_path)
+    stock = tiny_stable_diffusion()
+    untouched = output(stock.unet, latents)
+    stock.load_lora_weights(str(tmp_path))
+    ours, theirs = output(policy.pipeline.unet, latents), output(stock.unet, latents)
+    assert (ours - theirs).abs().max() <= tolerance
+    assert (ours - untouched).abs().max() > 1e-2
+
+
+def test_a_saved_adapter_gives_our_images_in_a_stock_pipeline(tmp_path):
+    policy = make_policy(adapter=LoraConfig(rank=4, alpha=8.0), kind="ode")
+    perturb(policy)
+    policy.save(tmp_path)
+    latents = prior(policy, 4)
+    ours = policy.decode(rollout(policy, policy.encode(PROMPTS), torch.arange(4), latents=latents).final)
+    stock = tiny_stable_diffusion()
+    stock.load_lora_weights(str(tmp_path))
+    theirs = stock(PROMPTS, latents=latents, guidance_scale=5.0, num_inference_steps=4, output_type="pt", **SIZE).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_a_saved_adapter_holds_nothing_but_the_adapter(tmp_path):
+    policy = make_policy(adapter=LoraConfig(rank=2))
+    policy.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    weights = load_file(file)
+    assert all("lora" in name for name in weights)
+    assert sum(w.numel() for w in weights.values()) == sum(p.numel() for p in policy.trainable().values())
+
+
+def test_fully_trained_weights_load_as_the_pipelines_denoiser(tmp_path):
+    policy, latents = make_policy(adapter=FullConfig()), torch.randn(2, 4, 8, 8)
+    perturb(policy, scale=0.02)
+    policy.save(tmp_path)
+    reloaded = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").eval()
+    assert torch.equal(output(reloaded, latents), output(policy.pipeline.unet, latents))
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank", 0), ("alpha", 0.0), ("alpha", -1.0)])
+def test_an_option_out_of_range_is_refused_with_its_field(field, value):
+    with pytest.raises(FieldError, match=f"{field} must be .*got {value}"):
+        LoraConfig(**{field: value})
