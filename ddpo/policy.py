@@ -28,7 +28,7 @@ from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, tra
 from ddpo.tracing import Step, find_denoiser, find_rule, trace
 from ddpo.trajectory import Condition
 
-PROBE_PROMPTS = ("a photograph of a cat", "two dogs", "a red house by the sea")
+PROBE_PROMPTS = ("a", "one", "two")  # short: some text encoders take few tokens
 
 
 class Policy:
@@ -46,6 +46,9 @@ class Policy:
         denoiser: The network and how it is called.
         rule: The pipeline's way to guide, found by comparing with its own output.
     """
+
+    schedule: Schedule
+    _ode: Schedule
 
     def __init__(
         self,
@@ -290,8 +293,8 @@ class Policy:
         self._kind = prediction_type(self.pipeline.scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
         times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
-        self.schedule: Schedule = self._make_schedule(self.sampler, times)
-        self._ode: Schedule = self._make_schedule(replace(self.sampler, kind="ode"), times)
+        self.schedule = self._make_schedule(self.sampler, times)
+        self._ode = self._make_schedule(replace(self.sampler, kind="ode"), times)
         self.denoiser.learn_arguments(steps[0], three)
         with self.denoiser.autocast():
             (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)

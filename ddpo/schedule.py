@@ -112,8 +112,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction", "sample") or scheduler.config.get("use_flow_sigmas", False):
         raise ValueError(
-            f"scheduler {type(scheduler).__name__} with prediction_type {kind!r} runs a flow-matching model with a VP solver; "
-            "give the pipeline a FlowMatchEulerDiscreteScheduler"
+            f"scheduler {type(scheduler).__name__} with prediction_type {kind!r} runs a flow-matching model with a "
+            "VP solver; give the pipeline a FlowMatchEulerDiscreteScheduler"
         )
     overrides: dict[str, object] = {}
     if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):

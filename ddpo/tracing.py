@@ -73,8 +73,6 @@ def find_denoiser(pipeline: DiffusionPipeline) -> str:
     Raises:
         UntraceableError: There is none, or more than one.
     """
-    if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
-        raise UntraceableError(f"{type(pipeline).__name__} takes no prompt; a policy needs a text-conditioned pipeline")
     names = [name for name in ("unet", "transformer") if isinstance(pipeline.components.get(name), nn.Module)]
     if len(names) != 1:
         raise UntraceableError(
@@ -83,6 +81,8 @@ def find_denoiser(pipeline: DiffusionPipeline) -> str:
         )
     if isinstance(pipeline.components.get("transformer_2"), nn.Module):
         raise UntraceableError(f"{type(pipeline).__name__} switches between transformer and transformer_2; use one")
+    if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise UntraceableError(f"{type(pipeline).__name__} takes no prompt; a policy needs a text-conditioned pipeline")
     return names[0]
 
 

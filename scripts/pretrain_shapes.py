@@ -16,9 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--work", type=Path, help="folder of pictures and training states (default: OUTPUT-work)")
-    parser.add_argument(
-        "--minutes", type=float, default=40.0, help="length of the training, on two cores (default: 40)"
-    )
+    parser.add_argument("--minutes", type=float, default=40.0, help="training of the denoiser (default: 40)")
+    parser.add_argument("--vae-minutes", type=float, default=6.0, help="training of the autoencoder (default: 6)")
     parser.add_argument("--images", type=int, default=30_000, help="pictures to render (default: 30000)")
     parser.add_argument("--resume", action="store_true", help="continue from the training states in WORK")
     parser.add_argument("--seed", type=int, default=0, help="of pictures, weights, batches and noise (default: 0)")
@@ -27,6 +26,7 @@ def main() -> None:
         options.output,
         work=options.work or options.output.with_name(f"{options.output.name}-work"),
         minutes=options.minutes,
+        vae_minutes=options.vae_minutes,
         num_images=options.images,
         resume=options.resume,
         seed=options.seed,

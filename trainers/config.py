@@ -240,7 +240,7 @@ class Config:
         run: The run folder.
         seed: Seed of weights, prompts and noise.
         epochs: Epochs to train.
-        max_minutes: Stop after the epoch that passes this time; null for no limit.
+        max_minutes: Stop after the epoch that passes this training time (evaluations not counted); null for no limit.
         gate_tolerance: Largest mean |log-probability recomputed in training - the one from sampling| before the first
             update of an epoch, nats per latent dimension; null takes 1e-5 for fp32, 1e-3 for bf16 and fp16.
     """

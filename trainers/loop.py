@@ -6,10 +6,9 @@
 `train` is the Python API; the command line comes in through `train_from_config` and `resume`.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ddpo import Policy
@@ -17,58 +16,26 @@ from ddpo.kl import next_alpha
 from ddpo.objectives import policy_gradient
 from rewards import RewardError, RewardTerm, WeightedSum, as_reward
 from trainers.checkpoint import (
-    CheckpointError,
     checkpoint_epoch,
     checkpoint_path,
-    discard_after,
-    latest_checkpoint,
-    load_checkpoint,
     prune,
 )
 from trainers.collection import Collected, collect
 from trainers.config import Config
 from trainers.config_io import load_resumed, to_yaml
-from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
+from trainers.evaluation import Evaluation
 from trainers.metrics import Stopwatch
 from trainers.pictures import caption, grid, save_curves, to_pil
-from trainers.plan import BatchPlan, make_plan
-from trainers.policies import load_policy
 from trainers.processes import Processes
-from trainers.progress import Progress
-from trainers.prompts import Prompt, PromptStream, load_prompts
+from trainers.prompts import Prompt, load_prompts
 from trainers.report import epoch_line, epoch_row, scalars, spread, write_comparison
 from trainers.run import Metric, RunFolder, read_metrics
 from trainers.scoring import Scorer
-from trainers.state import TrainState
-from trainers.tracking import Picture, Tracker, open_trackers
+from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
+from trainers.tracking import Picture
 from trainers.update import UpdateReport, update
 
 CURVES = ("reward/mean", "kl/path_nats", "policy/clip_fraction", "optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """What a run needs besides its state; nothing here changes.
-
-    Attributes:
-        run: The run folder.
-        state: The run's state.
-        plan: Sizes of an epoch.
-        processes: Who shares the run.
-        progress: Bars.
-        evaluator: The fixed evaluation set.
-        heldout: Rewards that are only measured; None for none.
-        tracker: Where metrics go besides the run folder.
-    """
-
-    run: RunFolder
-    state: TrainState
-    plan: BatchPlan
-    processes: Processes
-    progress: Progress
-    evaluator: Evaluator
-    heldout: WeightedSum | None
-    tracker: Tracker
 
 
 def train(
@@ -103,14 +70,14 @@ def train(
     evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
     processes = Processes(device=policy.device.type)
     if resume is None:
-        run = _create_run(config, processes, yaml=to_yaml(config, full=True))
-        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=0)
+        run = create_run(config, processes, yaml=to_yaml(config, full=True))
+        session = make_session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=0)
     else:
         run = RunFolder.open(resume)
-        source = _source(run, None)
+        source = checkpoint_to_resume(run, None)
         first_step = checkpoint_epoch(source) + 1
-        session = _session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=first_step)
-        _restore(session, source)
+        session = make_session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=first_step)
+        restore(session, source)
     return _train(session)
 
 
@@ -125,8 +92,8 @@ def train_from_config(config: Config, *, config_yaml: str) -> Path:
         The run folder.
     """
     processes = Processes(device=config.model.device)
-    run = _create_run(config, processes, yaml=config_yaml)
-    return _train(_load(config, processes, run, first_step=0))
+    run = create_run(config, processes, yaml=config_yaml)
+    return _train(load_session(config, processes, run, first_step=0))
 
 
 def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None = None) -> Path:
@@ -145,101 +112,11 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
     """
     folder = RunFolder.open(run)
     config = load_resumed(folder.path / "config.yaml", overrides)
-    source = _source(folder, checkpoint)
+    source = checkpoint_to_resume(folder, checkpoint)
     processes = Processes(device=config.model.device)
-    session = _load(config, processes, folder, first_step=checkpoint_epoch(source) + 1)
-    _restore(session, source)
+    session = load_session(config, processes, folder, first_step=checkpoint_epoch(source) + 1)
+    restore(session, source)
     return _train(session)
-
-
-# ---- setting up ------------------------------------------------------------------------------------------------------
-
-
-def _create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
-    """Makes the folder on the main process and tells the others its name."""
-    stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
-    made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
-    path = processes.gather_json(made and str(made.path))[0]
-    assert isinstance(path, str)
-    return made or RunFolder(path=Path(path))
-
-
-def _load(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
-    """Loads rewards, prompts and the policy of a configuration."""
-    device = str(processes.device)
-    reward = WeightedSum(config.rewards, device=device)
-    heldout = WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
-    texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
-    policy = load_policy(config, device)
-    return _session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
-
-
-def _session(
-    config: Config,
-    policy: Policy,
-    reward: WeightedSum,
-    heldout: WeightedSum | None,
-    prompts: Sequence[Prompt],
-    evaluated: Sequence[Prompt],
-    processes: Processes,
-    run: RunFolder,
-    *,
-    first_step: int,
-) -> Session:
-    num_stochastic = len(policy.schedule.stochastic_steps)
-    if num_stochastic == 0:
-        raise ValueError(
-            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
-            "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
-        )
-    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
-    stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
-    state = TrainState.start(config, policy, reward, stream)
-    policy.denoiser.network = processes.prepare(policy.denoiser.network)
-    progress = Progress(enabled=processes.is_main)
-    return Session(
-        run=run,
-        state=state,
-        plan=plan,
-        processes=processes,
-        progress=progress,
-        evaluator=Evaluator(
-            config.evaluation,
-            evaluated,
-            batch_size=config.batch.sample_batch_size,
-            processes=processes,
-            progress=progress,
-        ),
-        heldout=heldout,
-        tracker=open_trackers(
-            config.tracking.trackers,
-            run=run.path,
-            project=config.tracking.project,
-            config=json.loads(json.dumps(asdict(config))),
-            main_process=processes.is_main,
-            first_step=first_step,
-        ),
-    )
-
-
-def _source(run: RunFolder, checkpoint: str | None) -> Path:
-    """The checkpoint folder to resume from."""
-    source = latest_checkpoint(run.path) if checkpoint is None else run.checkpoints / checkpoint
-    if source is None:
-        raise CheckpointError(f"{run.path} has no checkpoint to resume from; start it again under another run.name")
-    return source
-
-
-def _restore(session: Session, source: Path) -> None:
-    """Puts a session where a checkpoint left it, and the run folder's records with it."""
-    run, processes = session.run, session.processes
-    session.state.load(*load_checkpoint(source), processes)
-    if processes.is_main:
-        run.note_resume(source.name)
-        run.truncate_metrics(session.state.epoch)
-        discard_after(run.path, session.state.epoch)
-    session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
-    processes.wait()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -250,7 +127,6 @@ def _train(session: Session) -> Path:
     state, config = session.state, session.state.config
     objective = policy_gradient(config.objective)
     evaluations = session.run.path / "evaluations"
-    clock_offset, started = state.seconds, time.perf_counter()
     if state.epoch == 0:
         _evaluate(session, evaluations)
     out_of_time = False
@@ -259,7 +135,7 @@ def _train(session: Session) -> Path:
             if out_of_time:
                 break
             clock = Stopwatch(state.policy.device)
-            position = state.prompts.position
+            started, position = time.perf_counter(), state.prompts.position
             try:
                 collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
             except RewardError:
@@ -273,7 +149,7 @@ def _train(session: Session) -> Path:
             alpha, state.alpha = state.alpha, next_alpha(config.kl, state.alpha, collected.path_kl)
             state.epoch += 1
             state.samples += session.plan.images_per_epoch
-            state.seconds = clock_offset + time.perf_counter() - started
+            state.seconds += time.perf_counter() - started
             _log(session, collected, report, clock, alpha=alpha)
             minutes = state.seconds / 60
             out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)

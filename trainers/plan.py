@@ -168,7 +168,7 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
 def _reference_rows(
     config: Config, samples: int, num_processes: int, num_stochastic: int, guided: int, training_rows: int
 ) -> int:
-    """With a KL weight: every sampled step and every trained transition. Without: a few samples, twice, to report it."""
+    """With a KL weight every sampled step and trained transition; without, a few samples, twice, to report it."""
     if isinstance(config.kl, FixedKL) and config.kl.alpha == 0:
         return 2 * min(KL_SAMPLES, samples) * num_processes * num_stochastic * guided
     return config.batch.samples_per_epoch * num_stochastic * guided + training_rows

@@ -38,7 +38,7 @@ class TrainState:
         skipped: Optimizer steps skipped for non-finite gradients.
         skipped_in_a_row: The same, since the last good one.
         samples: Images sampled for training, over all processes.
-        seconds: Training time, evaluations included.
+        seconds: Time spent in epochs; evaluations and checkpoints not included.
     """
 
     config: Config

@@ -108,6 +108,7 @@ def test_two_processes_train_as_one(model: Path, tmp_path: Path) -> None:
         result = launch(*arguments, num_processes=count)
         assert result.returncode == 0, result.stderr
         runs[count] = tmp_path / "runs" / f"p{count}"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["p1", "p2"], "only rank 0 makes a folder"
     one, two = weights(runs[1], "weights"), weights(runs[2], "weights")
     moved = max(float((value - 0).abs().max()) for name, value in one.items() if "lora_B" in name)
     worst = max(float((one[name] - two[name]).abs().max()) for name in one)
@@ -169,7 +170,7 @@ def test_the_gate_stops_a_run_whose_training_forward_is_not_its_sampling_forward
             return exact(self, k, x + shift, condition, guided=guided)
 
     policy.__class__ = Drifting
-    with pytest.raises(GateError, match=r"differ from those of sampling by .* nats .* tolerance 1e-05"):
+    with pytest.raises(GateError, match=r"differ from those of sampling by .* nats .*tolerance 1e-05"):
         train(
             policy,
             reward="brightness",

@@ -115,14 +115,16 @@ def test_training_continues_from_its_checkpoint(tmp_path):
 
 
 def test_pretraining_writes_a_usable_pipeline_in_seconds(tmp_path):
-    accuracies = pretrain(tmp_path / "out", work=tmp_path / "work", minutes=0.03, num_images=64, num_prompts=6)
+    accuracies = pretrain(
+        tmp_path / "out", work=tmp_path / "work", minutes=0.02, vae_minutes=0.01, num_images=64, num_prompts=6
+    )
     assert set(accuracies) == {"single", "two", "count", "color", "position", "binding", "mean", "partial"}
     assert all(0 <= value <= 1 for value in accuracies.values())
     assert (tmp_path / "out" / "model_index.json").exists()
 
 
 def test_nonsense_lengths_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="minutes 0"):
+    with pytest.raises(ValueError, match="minutes=0"):
         pretrain(tmp_path / "out", work=tmp_path / "work", minutes=0)
 
 

@@ -1,0 +1,145 @@
+"""Sets a run up: its folder, rewards, prompts, policy and state; or takes them up again from a checkpoint."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ddpo import Policy
+from rewards import WeightedSum
+from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoint, load_checkpoint
+from trainers.config import Config
+from trainers.evaluation import Evaluator, evaluation_prompts
+from trainers.plan import BatchPlan, make_plan
+from trainers.policies import load_policy
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import Prompt, PromptStream, load_prompts
+from trainers.run import RunFolder
+from trainers.state import TrainState
+from trainers.tracking import Tracker, open_trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a run needs besides its state; nothing here changes.
+
+    Attributes:
+        run: The run folder.
+        state: The run's state.
+        plan: Sizes of an epoch.
+        processes: Who shares the run.
+        progress: Bars.
+        evaluator: The fixed evaluation set.
+        heldout: Rewards that are only measured; None for none.
+        tracker: Where metrics go besides the run folder.
+    """
+
+    run: RunFolder
+    state: TrainState
+    plan: BatchPlan
+    processes: Processes
+    progress: Progress
+    evaluator: Evaluator
+    heldout: WeightedSum | None
+    tracker: Tracker
+
+
+def create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
+    """Makes the folder on the main process and tells the others its name."""
+    stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+    made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
+    path = processes.gather_json(made and str(made.path))[0]
+    assert isinstance(path, str)
+    return made or RunFolder(path=Path(path))
+
+
+def load_session(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
+    """Loads rewards, prompts and the policy of a configuration."""
+    device = str(processes.device)
+    reward = WeightedSum(config.rewards, device=device)
+    heldout = WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
+    texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
+    policy = load_policy(config, device)
+    return make_session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
+
+
+def make_session(
+    config: Config,
+    policy: Policy,
+    reward: WeightedSum,
+    heldout: WeightedSum | None,
+    prompts: Sequence[Prompt],
+    evaluated: Sequence[Prompt],
+    processes: Processes,
+    run: RunFolder,
+    *,
+    first_step: int,
+) -> Session:
+    """Plans a run of a loaded policy and opens its trackers.
+
+    Args:
+        config: The run's configuration.
+        policy: At its pretrained weights.
+        reward: What is optimised.
+        heldout: What is only measured.
+        prompts: Training prompts.
+        evaluated: Where the evaluation's prompts are taken from.
+        processes: Who shares the run.
+        run: The run folder.
+        first_step: First epoch that trackers will see.
+    """
+    num_stochastic = len(policy.schedule.stochastic_steps)
+    if num_stochastic == 0:
+        raise ValueError(
+            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
+            "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
+        )
+    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
+    stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
+    state = TrainState.start(config, policy, reward, stream)
+    policy.denoiser.network = processes.prepare(policy.denoiser.network)
+    progress = Progress(enabled=processes.is_main)
+    return Session(
+        run=run,
+        state=state,
+        plan=plan,
+        processes=processes,
+        progress=progress,
+        evaluator=Evaluator(
+            config.evaluation,
+            evaluated,
+            batch_size=config.batch.sample_batch_size,
+            processes=processes,
+            progress=progress,
+        ),
+        heldout=heldout,
+        tracker=open_trackers(
+            config.tracking.trackers,
+            run=run.path,
+            project=config.tracking.project,
+            config=json.loads(json.dumps(asdict(config))),
+            main_process=processes.is_main,
+            first_step=first_step,
+        ),
+    )
+
+
+def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
+    """The checkpoint folder to resume from."""
+    source = latest_checkpoint(run.path) if checkpoint is None else run.checkpoints / checkpoint
+    if source is None:
+        raise CheckpointError(f"{run.path} has no checkpoint to resume from; start it again under another run.name")
+    return source
+
+
+def restore(session: Session, source: Path) -> None:
+    """Puts a session where a checkpoint left it, and the run folder's records with it."""
+    run, processes = session.run, session.processes
+    session.state.load(*load_checkpoint(source), processes)
+    if processes.is_main:
+        run.note_resume(source.name)
+        run.truncate_metrics(session.state.epoch)
+        discard_after(run.path, session.state.epoch)
+    session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
+    processes.wait()
