@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from rewards.shapes.render import PALETTE, SIZE, coverage
 from rewards.shapes.scene import COLORS, SHAPES, Group, Scene, category, parse
 
-_MIN_CHROMA = 0.4
+_MIN_CHROMA = 0.36
 _MIN_PIXELS = 10
 _MIN_IOU = 0.6
 _GRID = 12

@@ -130,8 +130,8 @@ def test_nonsense_lengths_are_refused(tmp_path):
 
 def test_the_shipped_pipeline_draws_simple_captions_and_leaves_something_to_learn():
     accuracies = evaluate(load(SHAPES), num=192, seed=1)
-    assert accuracies["color"] > 0.8
-    assert accuracies["mean"] > 0.5
+    assert accuracies["color"] > 0.75
+    assert accuracies["mean"] > 0.4
     assert min(accuracies[name] for name in ("count", "position", "binding")) < 0.85
 
 
