@@ -161,14 +161,13 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
         optimizer_steps_total=updates * objective.inner_epochs * config.epochs,
         sampling_rows=sampled * config.sampler.num_steps * guided,
         training_rows=training_rows,
-        reference_rows=_reference_rows(config, samples, num_processes, num_stochastic, guided, training_rows),
+        reference_rows=_reference_rows(config, samples, num_processes, num_stochastic, training_rows),
     )
 
 
-def _reference_rows(
-    config: Config, samples: int, num_processes: int, num_stochastic: int, guided: int, training_rows: int
-) -> int:
+def _reference_rows(config: Config, samples: int, num_processes: int, num_stochastic: int, training_rows: int) -> int:
     """With a KL weight every sampled step and trained transition; without, a few samples, twice, to report it."""
+    guided = 2 if config.sampler.guidance_scale > 1 and config.objective.train_guidance == "same" else 1
     if isinstance(config.kl, FixedKL) and config.kl.alpha == 0:
         return 2 * min(KL_SAMPLES, samples) * num_processes * num_stochastic * guided
     return config.batch.samples_per_epoch * num_stochastic * guided + training_rows

@@ -48,7 +48,7 @@ def calls(monkeypatch):
         return fake, function
 
     loop, _ = stand_in("trainers.loop", "train_from_config", Path("runs/new"))
-    loop.resume = lambda run, overrides: made.append(("resume", (run, overrides), {})) or run
+    loop.resume = lambda run, overrides, **options: made.append(("resume", (run, overrides), options)) or run
     finished, _ = stand_in("trainers.finished", "sample_run", Path("picture.png"))
     finished.evaluate_run = lambda run, **keys: made.append(("evaluate_run", (run,), keys)) or Path("evaluation")
     stand_in("trainers.tracking", "show_dashboard", None)
@@ -95,12 +95,12 @@ def test_plan_takes_processes_and_overrides_in_any_order(config_file, capsys):
 
 def test_resume_takes_the_configuration_from_the_run(run_folder, calls):
     assert main(["train", "--resume", str(run_folder), "--epochs", "200"]) == 0
-    assert calls == [("resume", (run_folder, ["--epochs", "200"]), {})]
+    assert calls == [("resume", (run_folder, ["--epochs", "200"]), {"checkpoint": None})]
 
 
 def test_resume_with_an_equal_or_longer_config_passes_the_difference(run_folder, calls):
     assert main(["train", "x.yaml", "--resume", str(run_folder), "--tracking.project", "yes", "--epochs=150"]) == 0
-    assert calls == [("resume", (run_folder, ["--tracking.project=yes", "--epochs=150"]), {})]
+    assert calls == [("resume", (run_folder, ["--tracking.project=yes", "--epochs=150"]), {"checkpoint": None})]
 
 
 def test_sample_evaluate_and_dashboard_pass_their_options(calls, capsys):
