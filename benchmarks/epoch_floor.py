@@ -20,7 +20,7 @@ from rewards import WeightedSum
 from trainers.collection import collect
 from trainers.config_io import load_config
 from trainers.metrics import Stopwatch
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import KL_SAMPLES, BatchPlan, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -30,8 +30,8 @@ from trainers.state import TrainState
 from trainers.update import update
 
 
-def floor(policy: Policy, plan: BatchPlan, prompts: list[str]) -> float:
-    """Seconds of an epoch's denoiser calls alone."""
+def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: bool) -> float:
+    """Seconds of an epoch's denoiser calls alone, those of the pretrained model for the KL included."""
     condition = policy.encode(prompts)
     x = torch.randn(len(prompts), *policy.latent_shape, device=policy.device)
     started = time.perf_counter()
@@ -47,11 +47,22 @@ def floor(policy: Policy, plan: BatchPlan, prompts: list[str]) -> float:
             rows = torch.arange(first, first + size)
             for k in range(plan.num_steps):
                 call(rows, k)
+                if penalised and k in policy.schedule.stochastic_steps:
+                    with policy.reference():
+                        call(rows, k)
             first += size
+        if not penalised:
+            for k in policy.schedule.stochastic_steps:
+                call(torch.arange(min(KL_SAMPLES, len(prompts))), k)
+                call(torch.arange(min(KL_SAMPLES, len(prompts))), k)
     for _ in range(plan.inner_epochs):
         for count in plan.transitions_per_update:
             for piece in torch.arange(count).split(plan.train_batch_size):
-                call(piece % len(prompts), piece % plan.num_steps).float().square().mean().backward()
+                output = call(piece % len(prompts), piece % plan.num_steps)
+                if penalised:
+                    with policy.reference():
+                        call(piece % len(prompts), piece % plan.num_steps)
+                output.float().square().mean().backward()
             for parameter in policy.trainable().values():
                 parameter.grad = None
     if policy.device.type == "cuda":
@@ -82,7 +93,7 @@ def main() -> None:
             with clock("train"):
                 update(state, objective, collected.experience, plan, processes, progress)
             epoch = time.perf_counter() - started
-            bare = floor(policy, plan, list(collected.prompts))
+            bare = floor(policy, plan, list(collected.prompts), penalised=state.alpha > 0)
             state.epoch += 1
             if turn > 0:
                 epochs.append(epoch)
