@@ -14,7 +14,7 @@ from trainers.checkpoint import CheckpointError, latest_checkpoint, load_checkpo
 from trainers.config import Config
 from trainers.config_io import load_config
 from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
-from trainers.pictures import caption, captioned, side_by_side, to_pil
+from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -44,7 +44,7 @@ def sample_run(
         checkpoint: Name of a checkpoint folder; None takes the newest.
 
     Returns:
-        The picture with both side by side; single images lie beside it.
+        The picture with both side by side; the fine-tuned model's plain images lie beside it.
     """
     folder = RunFolder.open(run)
     config = load_config(folder.path / "config.yaml")
@@ -59,8 +59,8 @@ def sample_run(
         )
     old, new = _scores(state.reward, before, texts), _scores(state.reward, after, texts)
     output.mkdir(parents=True, exist_ok=True)
-    for i, (text, image, score) in enumerate(zip(texts, after, new, strict=True)):
-        captioned(to_pil(image), text if math.isnan(score) else caption(text, score)).save(output / f"{i:03d}.png")
+    for i, image in enumerate(after):
+        to_pil(image).save(output / f"{i:03d}.png")
     picture = output / "before_after.png"
     side_by_side(before, after, texts, old, new).save(picture)
     return picture
