@@ -113,7 +113,7 @@ class AdvantageEstimator:
         return Advantages(
             values=values.clamp(-bound, bound).float(),
             kl_weight=(alpha / scale).float(),
-            zero_variance_groups=int((_std(scores, groups) <= _EPSILON)[_first_of_each(groups)].sum()),
+            zero_variance_groups=torch.unique(groups[_std(scores, groups) <= _EPSILON]).numel(),
             clipped=float((values.abs() > bound).double().mean()),
         )
 
@@ -168,9 +168,3 @@ def _std(scores: Tensor, groups: Tensor) -> Tensor:
     size = _group_sum(torch.ones_like(scores), groups)
     deviation = scores - _group_sum(scores, groups) / size
     return (_group_sum(deviation.square(), groups) / size).sqrt()
-
-
-def _first_of_each(groups: Tensor) -> Tensor:
-    """Whether a sample is the first of its group, (B,) bool."""
-    ids = groups.tolist()
-    return torch.tensor([ids.index(group) == place for place, group in enumerate(ids)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpo import Policy, rollout, sample_seeds
 from rewards import RewardError, WeightedSum
-from trainers.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from trainers.checkpoint import load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
 from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
@@ -21,6 +21,7 @@ from trainers.progress import Progress
 from trainers.prompts import PromptStream
 from trainers.report import write_comparison
 from trainers.run import RunFolder
+from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
 
 
@@ -81,7 +82,7 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
     config = load_config(folder.path / "config.yaml")
     processes = Processes(device=config.model.device)
     state = load_state(folder, config, processes, checkpoint=checkpoint)
-    heldout = WeightedSum(config.heldout_rewards, device=state.policy.device) if config.heldout_rewards else None
+    heldout = load_heldout(config, str(processes.device))
     evaluator = Evaluator(
         config.evaluation,
         evaluation_prompts(config),
@@ -109,10 +110,7 @@ def load_state(folder: RunFolder, config: Config, processes: Processes, *, check
     Raises:
         CheckpointError: The run has none, or it is damaged.
     """
-    source = latest_checkpoint(folder.path) if checkpoint is None else folder.checkpoints / checkpoint
-    if source is None:
-        raise CheckpointError(f"{folder.path} has no checkpoint yet; the first is written at the end of training")
-    contents = load_checkpoint(source)
+    contents = load_checkpoint(checkpoint_to_resume(folder, checkpoint))
     reward = WeightedSum(config.rewards, device=processes.device)
     policy = load_policy(config, str(processes.device))
     unused = PromptStream(evaluation_prompts(config), seed=config.seed, shuffle=False)

@@ -29,7 +29,7 @@ from trainers.pictures import caption, grid, save_curves, to_pil
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
 from trainers.report import epoch_line, epoch_row, scalars, spread, write_comparison
-from trainers.run import Metric, RunFolder, read_metrics
+from trainers.run import RunFolder, read_metrics
 from trainers.scoring import Scorer
 from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
 from trainers.tracking import Picture
@@ -146,11 +146,11 @@ def _train(session: Session) -> Path:
                 report = update(
                     state, objective, collected.experience, session.plan, session.processes, session.progress
                 )
-            alpha, state.alpha = state.alpha, next_alpha(config.kl, state.alpha, collected.path_kl)
             state.epoch += 1
             state.samples += session.plan.images_per_epoch
             state.seconds += time.perf_counter() - started
-            _log(session, collected, report, clock, alpha=alpha)
+            _log(session, collected, report, clock)
+            state.alpha = next_alpha(config.kl, state.alpha, collected.path_kl)
             minutes = state.seconds / 60
             out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
             last = out_of_time or state.epoch == config.epochs
@@ -162,12 +162,12 @@ def _train(session: Session) -> Path:
     return session.run.path
 
 
-def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch, *, alpha: float) -> None:
+def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch) -> None:
     """Writes an epoch's metrics and pictures; on the main process only."""
     if not session.processes.is_main:
         return
     state = session.state
-    row: dict[str, Metric] = {**epoch_row(state, collected, report, clock), "kl/alpha": alpha}
+    row = epoch_row(state, collected, report, clock)
     session.run.append_metrics(row)
     session.progress.line(epoch_line(row))
     session.tracker.log(scalars(row), step=state.epoch)
@@ -180,7 +180,7 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
         session.tracker.images("samples", pictures, step=state.epoch)
 
 
-def _evaluate(session: Session, folder: Path) -> Evaluation:
+def _evaluate(session: Session, folder: Path) -> None:
     """Evaluates the (averaged) weights, logs and saves the result."""
     state = session.state
     with state.ema.applied():
@@ -191,7 +191,6 @@ def _evaluate(session: Session, folder: Path) -> Evaluation:
         session.tracker.log({f"eval/{name}": measure.mean for name, measure in summary.items()}, step=state.epoch)
         text = "  ".join(f"{name} {measure}" for name, measure in summary.items() if not name.startswith("ode/"))
         session.progress.line(f"evaluation at epoch {state.epoch}: {text}")
-    return result
 
 
 def _checkpoint(session: Session) -> None:

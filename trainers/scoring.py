@@ -4,7 +4,6 @@ A reward that fails, or returns something that is not a finite score for every i
 names it; nothing is guessed in its place.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -16,11 +15,7 @@ from rewards import Scores, WeightedSum
 
 
 class Scorer:
-    """A queue of batches to score, in order.
-
-    Attributes:
-        waited: Seconds that `collect` spent waiting for rewards so far.
-    """
+    """A queue of batches to score, in order."""
 
     def __init__(self, reward: WeightedSum, *, threads: int = 1) -> None:
         """Starts the threads.
@@ -29,7 +24,6 @@ class Scorer:
             reward: What to score with.
             threads: Batches scored at the same time; more than 1 only for rewards that allow it.
         """
-        self.waited = 0.0
         self._reward = reward
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
         self._pending: list[Future[Scores]] = []
@@ -44,7 +38,6 @@ class Scorer:
         Raises:
             RewardError: From the first batch that failed; the batches behind it are dropped.
         """
-        started = time.perf_counter()
         pending, self._pending = self._pending, []
         try:
             parts = [future.result() for future in pending]
@@ -52,7 +45,6 @@ class Scorer:
             for future in pending:
                 future.cancel()
             raise
-        self.waited += time.perf_counter() - started
         names = parts[0].components
         return Scores(
             total=torch.cat([part.total for part in parts]),

@@ -58,10 +58,15 @@ def load_session(config: Config, processes: Processes, run: RunFolder, *, first_
     """Loads rewards, prompts and the policy of a configuration."""
     device = str(processes.device)
     reward = WeightedSum(config.rewards, device=device)
-    heldout = WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
+    heldout = load_heldout(config, device)
     texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
     policy = load_policy(config, device)
     return make_session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
+
+
+def load_heldout(config: Config, device: str) -> WeightedSum | None:
+    """The rewards that are only measured; None for none."""
+    return WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
 
 
 def make_session(
@@ -126,10 +131,12 @@ def make_session(
 
 
 def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
-    """The checkpoint folder to resume from."""
+    """The checkpoint folder of that name, or the newest; `CheckpointError` when there is none yet."""
     source = latest_checkpoint(run.path) if checkpoint is None else run.checkpoints / checkpoint
     if source is None:
-        raise CheckpointError(f"{run.path} has no checkpoint to resume from; start it again under another run.name")
+        raise CheckpointError(
+            f"{run.path} has no checkpoint yet; the first comes after checkpoints.every_epochs epochs"
+        )
     return source
 
 

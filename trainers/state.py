@@ -1,7 +1,7 @@
 """Everything that must be saved to continue a run bit-exactly, in one place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from trainers.ema import Ema
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
 from trainers.rng import rng_state, set_rng_state
+
+COUNTERS = ("alpha", "epoch", "updates", "skipped", "skipped_in_a_row", "samples", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -56,9 +58,6 @@ class TrainState:
     skipped_in_a_row: int = 0
     samples: int = 0
     seconds: float = 0.0
-    counters: tuple[str, ...] = field(
-        default=("alpha", "epoch", "updates", "skipped", "skipped_in_a_row", "samples", "seconds"), repr=False
-    )
 
     @classmethod
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
@@ -118,7 +117,7 @@ class TrainState:
         self.reward.load_state_dict(values["reward"])
         self.prompts.position = values["prompts"]
         self.ema.steps = values["ema_steps"]
-        for name in self.counters:
+        for name in COUNTERS:
             setattr(self, name, values[name])
         rank = str(processes.rank)
         if rank in values["rng"]:
@@ -135,7 +134,7 @@ class TrainState:
 
     def _values(self) -> dict[str, object]:
         return {
-            **{name: getattr(self, name) for name in self.counters},
+            **{name: getattr(self, name) for name in COUNTERS},
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "reward": self.reward.state_dict(),
