@@ -247,14 +247,15 @@ class Policy:
     def noise(self, seeds: Tensor) -> Tensor:
         """Standard normal noise of every sample's prior and steps, (B, T+1, *latent) float32 on the device.
 
-        Each row comes from a generator of its own on the CPU, so that a sample depends on its seed alone.
+        Each row comes from a generator of its own seed on the CPU, so that a sample depends on its seed alone.
         """
-        rows = []
-        for seed in seeds.tolist():
-            generator = torch.Generator().manual_seed(seed)
-            draws = [torch.randn(self.latent_shape, generator=generator) for _ in range(self.schedule.num_steps + 1)]
-            rows.append(torch.stack(draws))
-        return torch.stack(rows).to(self.device)
+        noise = torch.empty(len(seeds), self.schedule.num_steps + 1, *self.latent_shape)
+        generator = torch.Generator()
+        for prior, steps, seed in zip(noise[:, 0].unbind(), noise[:, 1:].unbind(), seeds.tolist(), strict=True):
+            generator.manual_seed(seed)
+            prior.normal_(generator=generator)  # drawn first, so that it does not depend on the number of steps
+            steps.normal_(generator=generator)
+        return noise.to(self.device)
 
     def decode(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
         """Images of final latents by the pipeline's own tail.
