@@ -1,0 +1,51 @@
+"""The gradient check passes for our code, and each common mistake is flagged by the check that is said to flag it."""
+
+import pytest
+
+from ddpo.control.checks.gradient import MAX_BAR, RMS_BAR, gradients
+from ddpo.control.gradient_check import compare_gradients, draw_paths
+from ddpo.control.toy_problem import toy_problem
+from ddpo.samplers import SamplerConfig
+from tests.ddpo.control.mutants import GAP_BAR, MUTANTS, PLAIN, REINFORCE, Z_BAR, exact_gap, gradient_of
+
+BY_GRADIENT = [mutant for mutant in MUTANTS if mutant.check == "gradient"]
+CONVERGING = [mutant for mutant in MUTANTS if mutant.converged is not None]
+
+
+@pytest.fixture(scope="module")
+def paths():
+    return draw_paths(toy_problem())
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+def test_every_objective_has_the_exact_gradient_on_flow_chains(kind):
+    sampler = SamplerConfig(kind=kind, num_steps=10, eta=0.6, guidance_scale=1.0)
+    for measured in gradients(sampler, num_paths=40_000)():
+        assert measured.passed, measured
+
+
+def test_reinforce_has_the_exact_gradient(paths):
+    found = compare_gradients(paths, REINFORCE, PLAIN)
+    assert found.rms_z < RMS_BAR
+    assert found.max_z < MAX_BAR
+
+
+@pytest.mark.parametrize("mutant", BY_GRADIENT, ids=lambda mutant: mutant.name)
+def test_the_gradient_check_flags(mutant, paths):
+    assert gradient_of(mutant, paths).rms_z > Z_BAR
+
+
+@pytest.mark.parametrize("mutant", CONVERGING, ids=lambda mutant: mutant.name)
+def test_the_optimum_of_the_mistake_is_off(mutant):
+    assert exact_gap(mutant, toy_problem()) > GAP_BAR
+
+
+def test_every_mistake_is_flagged_by_a_gradient_or_by_a_gap():
+    assert all(mutant.patches is not None or mutant.converged is not None for mutant in MUTANTS)
+
+
+def test_a_linear_reward_hides_that_future_kl_is_missing():
+    """Why the problems have a quadratic reward: with a linear one the mistake does not move the optimum at all."""
+    (mutant,) = [mutant for mutant in MUTANTS if mutant.name == "future KL not in the return"]
+    assert exact_gap(mutant, toy_problem(kind="linear")) < 1e-12
+    assert exact_gap(mutant, toy_problem(kind="quadratic")) > 0.01
