@@ -4,9 +4,12 @@ Sample b is a function of the policy, its condition and seeds[b]: not of the bat
 process that draws it (to the rounding of the network's batched kernels).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ddpo.gaussian import Gaussian
 from ddpo.policy import Policy
 from ddpo.trajectory import Condition, Trajectory
 
@@ -37,7 +40,8 @@ def rollout(
     """
     noise = policy.noise(seeds)
     x = noise[:, 0] if latents is None else latents.to(noise)
-    states, log_probs, kls = [x], [], []
+    states, log_probs = [x], []
+    steps: dict[int, Gaussian] = {}
     zeros = x.new_zeros(x.shape[0])
     stochastic = policy.schedule.stochastic_steps
     for k in range(policy.schedule.num_steps):
@@ -48,18 +52,17 @@ def rollout(
         if k not in stochastic:
             states.append(sampled.mean)
             log_probs.append(zeros)
-            kls.append(zeros)
         else:
             if with_kl:
-                with policy.reference():
-                    kls.append(recorded.kl(policy(k, x, condition, guided=guided)))
+                steps[k] = recorded
             states.append(sampled.sample(noise[:, k + 1]))
             log_probs.append(recorded.log_prob(states[-1]))
         x = states[-1]
+    latents = torch.stack(states, dim=1)
     return Trajectory(
-        latents=torch.stack(states, dim=1),
+        latents=latents,
         log_probs=torch.stack(log_probs, dim=1),
-        kl=torch.stack(kls, dim=1) if with_kl else None,
+        kl=_kl_to_reference(policy, latents, condition, steps, guided=guided) if with_kl else None,
         condition=condition,
         seeds=seeds,
         schedule=policy.schedule,
@@ -73,12 +76,23 @@ def path_kl(policy: Policy, trajectory: Trajectory, *, guided: bool = True) -> T
     Its sum over steps estimates the path KL without bias, at the parameters that sampled the trajectories (the
     discrete Girsanov theorem; Fan et al., arXiv:2305.16381, lemma 4.1).
     """
-    kl = torch.zeros_like(trajectory.log_probs)
-    for k in trajectory.schedule.stochastic_steps:
-        x = trajectory.latents[:, k]
-        current = policy(k, x, trajectory.condition, guided=guided)
-        with policy.reference():
-            kl[:, k] = current.kl(policy(k, x, trajectory.condition, guided=guided))
+    latents, condition = trajectory.latents, trajectory.condition
+    stochastic = trajectory.schedule.stochastic_steps
+    steps = {k: policy(k, latents[:, k], condition, guided=guided) for k in stochastic}
+    return _kl_to_reference(policy, latents, condition, steps, guided=guided)
+
+
+def _kl_to_reference(
+    policy: Policy, latents: Tensor, condition: Condition, steps: Mapping[int, Gaussian], *, guided: bool
+) -> Tensor:
+    """KL of the given steps' distributions to the pretrained model's, (B, T) nats, 0 elsewhere.
+
+    Switching the adapter off walks over all layers: it is done once for all steps.
+    """
+    kl = latents.new_zeros(latents.shape[0], latents.shape[1] - 1)
+    with policy.reference():
+        for k, step in steps.items():
+            kl[:, k] = step.kl(policy(k, latents[:, k], condition, guided=guided))
     return kl
 
 

@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        Exit status: 0, or 2 for a user error, 130 when interrupted.
+        Exit status: 0, 1 when `verify` finds a failure, 2 for a user error, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     prepare_threads()
     try:
-        _run(arguments)
+        return _run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"error{process}: {line}", file=sys.stderr)
         return 2
-    return 0
 
 
 def is_user_error(error: Exception) -> bool:
@@ -76,7 +75,7 @@ def is_user_error(error: Exception) -> bool:
     return own_class or (ours and isinstance(error, ValueError | ImportError))
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     parser, subparsers = _parser()
     command = arguments[0] if arguments else ""
     overrides: list[str] = []
@@ -86,11 +85,11 @@ def _run(arguments: list[str]) -> None:
         wants_help = any(argument in ("-h", "--help") for argument in arguments)
         if wants_help:
             _print_config_help(subparsers[command])
-            return
+            return 0
         rest, overrides = split_overrides(arguments[1:], own=("--resume", "--checkpoint", "--num-processes"))
         arguments = [command, *rest]
     options = parser.parse_args(arguments)
-    options.run_command(options, overrides)
+    return options.run_command(options, overrides) or 0
 
 
 def _print_config_help(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +167,22 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
         print(folder)
 
 
+def _verify(options: argparse.Namespace, _: list[str]) -> int:
+    from trainers.verification.command import verify
+
+    return verify(
+        full=options.full,
+        only=options.only,
+        json_file=options.json,
+        report=options.report,
+        model=options.policy,
+        sampler_kind=options.sampler,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        precision=options.precision,
+    )
+
+
 def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
     from trainers.tracking import show_dashboard
 
@@ -211,6 +226,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     plan.add_argument("--num-processes", type=_positive, default=1, metavar="N", help="processes (default 1)")
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_verify(commands)
     _add_dashboard(commands)
     _add_rewards(commands)
     return parser, {"train": train, "plan": plan}
@@ -219,7 +235,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def _command(
     commands: argparse._SubParsersAction,
     name: str,
-    function: Callable[[argparse.Namespace, list[str]], None],
+    function: Callable[[argparse.Namespace, list[str]], int | None],
     about: str,
     *,
     epilog: str | None = None,
@@ -255,6 +271,38 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, help="folder to write (default: in the run folder)")
 
 
+_VERIFY_EPILOG = """\
+Without --policy: closed-form control problems, solvers, and the trainer held to an optimum that is known.
+With --policy: the likelihood of that model (log-probabilities, KL, first ratio, stock images, gradient).
+
+  ddpo verify                              about a minute on 2 cores
+  ddpo verify --full --report verification
+  ddpo verify --only lqr,trainer
+  ddpo verify --policy stable-diffusion-v1-5/stable-diffusion-v1-5 --precision bf16
+
+Exit status 1 when a measurement is outside its tolerance.
+"""
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "verify", _verify, "hold the mathematics to exact answers, and print the table", epilog=_VERIFY_EPILOG
+    )
+    parser.add_argument("--full", action="store_true", help="also the slow checks (about 8 minutes on 2 cores)")
+    parser.add_argument("--only", type=_names, metavar="GROUP,...", help="only these groups of checks")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the measurements as JSON (default: to stdout)"
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write figures and one HTML page here")
+    parser.add_argument("--policy", metavar="MODEL", help="check this pipeline: a folder, a hub id, or shapes")
+    parser.add_argument("--sampler", help="with --policy: sampler.kind (default: what fits the model)")
+    parser.add_argument("--num-steps", type=_positive, default=10, help="with --policy: denoising steps (default 10)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="with --policy: guidance (default 5)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --policy: of the network"
+    )
+
+
 def _add_dashboard(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "dashboard", _dashboard, "open the local page with all runs")
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: the newest project)")
@@ -271,6 +319,10 @@ def _add_rewards(commands: argparse._SubParsersAction) -> None:
     scoring.add_argument("name", metavar="NAME", help="registered name, file.py:name or module:name")
     scoring.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     scoring.add_argument("--prompt", metavar="TEXT", help="the prompt of the images")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,7 @@ from trainers.metrics import Stopwatch
 from trainers.plan import KL_SAMPLES, BatchPlan
 from trainers.processes import Processes
 from trainers.progress import Progress
-from trainers.scoring import Scorer
+from trainers.scoring import Scorer, fail_together
 from trainers.state import TrainState
 
 
@@ -124,9 +124,7 @@ def _collect_scores(scorer: Scorer, processes: Processes) -> Scores:
         scores = scorer.collect()
     except RewardError as error:
         failure = error
-    messages = [message for message in processes.gather_json(failure and str(failure)) if message is not None]
-    if messages:
-        raise failure or RewardError(str(messages[0]))
+    fail_together(processes, failure)
     assert scores is not None
     return scores
 

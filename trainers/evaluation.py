@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpo import Policy, rollout, sample_seeds
-from rewards import WeightedSum
+from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
+from trainers.scoring import fail_together
 
 KL = "kl (nats)"
 _IMAGES = "images"
@@ -134,6 +135,9 @@ class Evaluator:
 
         Returns:
             The evaluation, the same on every process.
+
+        Raises:
+            RewardError: A reward failed on some process; raised on all.
         """
         values, images = self._measure(policy, reward, heldout, ode=False)
         if self._config.ode:
@@ -147,13 +151,18 @@ class Evaluator:
         own = self._processes.share(len(self.prompts))
         starts = range(own.start, own.stop, self._batch_size)
         label = "evaluating (ODE)" if ode else "evaluating"
-        parts = [
-            self._batch(policy, reward, heldout, range(start, min(start + self._batch_size, own.stop)), ode=ode)
-            for start in self._progress.track(starts, label)
-        ]
-        own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        everyones = self._processes.gather_tensors(own_values)
-        values = {name: torch.cat([part[name] for part in everyones]) for name in own_values}
+        parts: list[dict[str, Tensor]] = []
+        failure = None
+        try:
+            for start in self._progress.track(starts, label):
+                indices = range(start, min(start + self._batch_size, own.stop))
+                parts.append(self._batch(policy, reward, heldout, indices, ode=ode))
+        except RewardError as error:
+            failure = error
+        fail_together(self._processes, failure)
+        own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
+        values = {name: torch.cat([part[name] for part in everyones]) for name in everyones[0]}
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
             values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)

@@ -11,7 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from rewards import Scores, WeightedSum
+from rewards import RewardError, Scores, WeightedSum
+from trainers.processes import Processes
 
 
 class Scorer:
@@ -58,3 +59,10 @@ class Scorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fail_together(processes: Processes, failure: RewardError | None) -> None:
+    """Raises the reward failure of any process on all of them, so that none waits for one that is gone."""
+    messages = [message for message in processes.gather_json(failure and str(failure)) if message is not None]
+    if messages:
+        raise failure or RewardError(str(messages[0]))

@@ -225,3 +225,18 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rate_factor(6, "linear", 2, 10) == pytest.approx(0.5)
     assert rate_factor(6, "cosine", 2, 10) == pytest.approx(0.5)
     assert rate_factor(10, "cosine", 2, 10) == pytest.approx(0.0)
+
+
+def test_a_reward_that_fails_in_an_evaluation_with_fewer_images_than_processes_stops_all(
+    model: Path, tmp_path: Path
+) -> None:
+    reward = tmp_path / "broken.py"
+    reward.write_text("def broken(images, prompts, metadata):\n    raise RuntimeError('out of ink')\n")
+    config = write_config(tmp_path, model)
+    arguments = ("--rewards.0.name", f"{reward}:broken", "--evaluation.num_prompts", "1",
+                 "--evaluation.images_per_prompt", "1")  # fmt: skip
+    result = launch("train", str(config), *arguments, num_processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("out of ink") >= 2, "both processes say why they stop"
+    fine = launch("train", str(config), "--run.name", "fine", "--epochs", "1", *arguments[2:], num_processes=2)
+    assert fine.returncode == 0, fine.stderr

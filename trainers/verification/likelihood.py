@@ -1,0 +1,193 @@
+"""The likelihood of a real pipeline, checked on the model that a user is going to train.
+
+Everything is held against a second route: `torch.distributions`, the stock scheduler and pipeline, finite differences.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ddpo import Gaussian, LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
+from ddpo.control.checks.base import Check, Measurement
+from ddpo.denoiser import Precision
+
+PROMPTS = ("a red circle", "two blue squares", "a green cross", "a yellow triangle")
+RowsOf = Callable[[Policy, Trajectory], Iterator[Measurement]]
+NATS_PER_DIMENSION: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
+
+
+def likelihood_checks(
+    model: str | Path, *, sampler: SamplerConfig, precision: Precision, device: str | None
+) -> tuple[Check, ...]:
+    """The checks of one model, which is loaded by the first of them.
+
+    Args:
+        model: Folder or hub id of a pipeline, or `shapes`.
+        sampler: How it is to be sampled; with noise.
+        precision: Of the network.
+        device: A torch device; None for the default.
+    """
+    loaded: list[tuple[Policy, Trajectory]] = []
+
+    def subject() -> tuple[Policy, Trajectory]:
+        if not loaded:
+            policy = Policy.from_pretrained(
+                model, sampler=sampler, adapter=LoraConfig(rank=4), precision=precision, device=device
+            )
+            perturb(policy)
+            seeds = sample_seeds(0, 0, range(len(PROMPTS)))
+            loaded.append((policy, rollout(policy, policy.encode(PROMPTS), seeds, with_kl=True)))
+        return loaded[0]
+
+    table: dict[str, tuple[RowsOf, str]] = {
+        "log-prob": (log_prob_rows, "Log-probabilities are true log-densities, in nats."),
+        "KL": (kl_rows, "The KL is the Gaussian KL in nats, and 0 for the pretrained weights."),
+        "first ratio": (partial(ratio_rows, precision=precision),
+                        "Training recomputes the log-probabilities of sampling, so the first ratio is 1."),
+        "stock pipeline": (partial(stock_rows, precision=precision),
+                           "Steps are the scheduler's; without noise, the images are the stock pipeline's."),
+        "gradient": (gradient_rows, "The gradient of a log-probability is its finite difference."),
+    }  # fmt: skip
+    return tuple(
+        Check(name=name, group="policy", claim=claim, level="fast", run=partial(_run, rows, subject))
+        for name, (rows, claim) in table.items()
+    )
+
+
+def _run(rows: RowsOf, subject: Callable[[], tuple[Policy, Trajectory]]) -> Iterator[Measurement]:
+    policy, path = subject()
+    yield from rows(policy, path)
+
+
+def perturb(policy: Policy, *, scale: float = 0.02, seed: int = 0) -> None:
+    """Moves every trained weight, as training would; a fresh LoRA has no effect to measure."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight += scale * torch.randn(weight.shape, generator=generator).to(weight)
+
+
+def log_prob_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
+    """Against `torch.distributions`, in float64 from the same means."""
+    error, largest = 0.0, 0.0
+    for k in path.schedule.stochastic_steps:
+        with torch.no_grad():
+            step = policy(k, path.latents[:, k], path.condition)
+        oracle = _normal(step).log_prob(path.latents[:, k + 1].double()).flatten(1).sum(1)
+        error = max(error, float((step.log_prob(path.latents[:, k + 1]) - oracle).abs().max()))
+        largest = max(largest, float(oracle.abs().max()))
+    yield Measurement(name=f"{_dims(path)} dimensions, |log-prob| to {largest:.0f} nats", exact="torch.distributions",
+                      obtained="same to", error=error, tolerance=1e-6 * max(largest, 1.0) + 1e-7 * _dims(path))  # fmt: skip
+
+
+def kl_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
+    """Against `torch.distributions`; then with the reference compared to itself."""
+    error, total, own = 0.0, 0.0, 0.0
+    for k in path.schedule.stochastic_steps:
+        with torch.no_grad():
+            step = policy(k, path.latents[:, k], path.condition)
+        with policy.reference():
+            pretrained = policy(k, path.latents[:, k], path.condition)
+            own = max(own, float(pretrained.kl(policy(k, path.latents[:, k], path.condition)).max()))
+        oracle = torch.distributions.kl_divergence(_normal(step), _normal(pretrained)).flatten(1).sum(1)
+        error = max(error, float(((step.kl(pretrained) - oracle) / oracle.clamp(min=1e-12)).abs().max()))
+        total += float(oracle.mean())
+    yield Measurement(name=f"perturbed weights, path KL {total:.3g} nats", exact="torch.distributions",
+                      obtained="same to (relative)", error=error, tolerance=1e-4)  # fmt: skip
+    yield Measurement(name="pretrained weights", exact=0.0, obtained=own, error=own, tolerance=0.0)
+
+
+def ratio_rows(policy: Policy, path: Trajectory, *, precision: Precision) -> Iterator[Measurement]:
+    """Log-probabilities recomputed in shuffled micro-batches of another size that mix samples and steps."""
+    steps = torch.tensor(path.schedule.stochastic_steps)
+    rows = torch.arange(len(PROMPTS)).repeat_interleave(len(steps))
+    every = steps.repeat(len(PROMPTS))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    differences = []
+    for part in order.split(3):
+        k, b = every[part], rows[part]
+        with torch.no_grad():
+            step = policy(k, path.latents[b, k], path.condition.index(b))
+        differences.append((step.log_prob(path.latents[b, k + 1]) - path.log_probs[b, k]).abs())
+    error = torch.cat(differences)
+    tolerance = NATS_PER_DIMENSION[precision] * _dims(path)
+    yield Measurement(name=f"max |delta log-prob|, {len(rows)} transitions", exact=0.0, obtained=float(error.max()),
+                      error=float(error.mean()), tolerance=tolerance)  # fmt: skip
+
+
+def stock_rows(policy: Policy, path: Trajectory, *, precision: Precision) -> Iterator[Measurement]:
+    """Every step against `DDIMScheduler.step` (VP models), and a noise-free rollout against the pipeline itself."""
+    scheduler = policy.pipeline.scheduler
+    tolerance = 1e-4 if precision == "fp32" else 5e-2
+    if isinstance(scheduler, DDIMScheduler):
+        scheduler.set_timesteps(policy.schedule.num_steps)
+        error = 0.0
+        for k, t in enumerate(scheduler.timesteps):
+            x = path.latents[:, k]
+            with torch.no_grad():
+                negative, positive = policy.denoiser.branches(x, t.expand(len(x)), path.condition, policy.rule)
+                output = policy.rule.combine(negative, positive, policy.sampler.guidance_scale).float()
+                ours = policy(k, x, path.condition).mean
+            stock = scheduler.step(
+                output, t, x, eta=policy.sampler.eta, variance_noise=torch.zeros_like(x), return_dict=False
+            )[0]
+            error = max(error, float((ours - stock).abs().max()))
+        yield Measurement(name="mean of every step, max error", exact="DDIMScheduler.step", obtained="same to",
+                          error=error, tolerance=1e-5 * max(1.0, float(path.latents.abs().max())))  # fmt: skip
+    latents = path.latents[:, 0]
+    with policy.noise_free():
+        ours = policy.decode(rollout(policy, path.condition, path.seeds, latents=latents).final)
+    with torch.no_grad(), policy.denoiser.autocast():
+        stock = policy.pipeline(
+            prompt=list(PROMPTS), latents=latents.to(policy.denoiser.module.dtype), output_type="pt",
+            num_inference_steps=policy.sampler.num_steps, guidance_scale=policy.sampler.guidance_scale,
+            **{name: size for name, size in (("height", policy.sampler.height), ("width", policy.sampler.width))
+               if size is not None},
+        )[0].float()  # fmt: skip
+    error = float((ours - stock).abs().max())
+    yield Measurement(name="noise-free images, max pixel error", exact=type(policy.pipeline).__name__,
+                      obtained="same to", error=error, tolerance=tolerance)  # fmt: skip
+
+
+def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
+    """The derivative of log pi along its own gradient, against a central difference of the weights."""
+    weights = list(policy.trainable().values())
+    k = path.schedule.stochastic_steps[len(path.schedule.stochastic_steps) // 2]
+    row = torch.tensor([0])
+    condition, x, after = path.condition.index(row), path.latents[:1, k], path.latents[:1, k + 1]
+
+    def log_prob() -> Tensor:
+        return policy(k, x, condition).log_prob(after).sum()
+
+    gradient = torch.autograd.grad(log_prob(), weights)
+    norm = float(torch.cat([g.flatten() for g in gradient]).norm())
+    best = float("inf")
+    shown = float("nan")
+    for size in (1e-1, 3e-2, 1e-2):  # too small drowns in rounding, too large in curvature: the best of a few
+        with torch.no_grad():
+            values = []
+            for sign in (1.0, -2.0):
+                for weight, direction in zip(weights, gradient, strict=True):
+                    weight += sign * size * direction / norm
+                values.append(float(log_prob()))
+            for weight, direction in zip(weights, gradient, strict=True):
+                weight += size * direction / norm
+        difference = (values[0] - values[1]) / (2 * size)
+        if abs(difference / norm - 1) < best:
+            best, shown = abs(difference / norm - 1), difference
+    yield Measurement(name=f"step {k}, along the gradient (nats)", exact=norm, obtained=shown, error=best,
+                      tolerance=0.02)  # fmt: skip
+
+
+def _normal(step: Gaussian) -> torch.distributions.Normal:
+    wide = replace(step, mean=step.mean.double(), std=torch.as_tensor(step.std).double())
+    return torch.distributions.Normal(wide.mean, wide.std.expand_as(wide.mean))
+
+
+def _dims(path: Trajectory) -> int:
+    return path.latents[0, 0].numel()
