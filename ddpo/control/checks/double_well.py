@@ -81,14 +81,14 @@ CHECKS: tuple[Check, ...] = (
         run=_order,
     ),
     Check(
-        name="hjb",
+        name="HJB",
         group="double_well",
         claim="alpha log phi solves the nonlinear HJB equation.",
         level="fast",
         run=_hjb,
     ),
     Check(
-        name="feynman_kac",
+        name="Feynman-Kac",
         group="double_well",
         claim="Paths weighted by Girsanov's ratio give the value, and under u* all have the same weight.",
         level="fast",

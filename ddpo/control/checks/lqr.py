@@ -119,21 +119,21 @@ def _chain_gain(dt: float) -> float:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="riccati",
+        name="Riccati",
         group="lqr",
         claim="The scalar solution is the positive root of its quadratic.",
         level="fast",
         run=_riccati,
     ),
     Check(
-        name="second_root",
+        name="second root",
         group="lqr",
         claim="The other root solves the HJB equation as well, and is told apart by stability.",
         level="fast",
         run=_second_root,
     ),
     Check(
-        name="hjb",
+        name="HJB",
         group="lqr",
         claim="In four dimensions V* solves the HJB equation, a* attains its maximum, and Lyapunov's equation agrees.",
         level="fast",

@@ -76,14 +76,14 @@ CHECKS: tuple[Check, ...] = (
         run=_constants,
     ),
     Check(
-        name="hjb",
+        name="HJB",
         group="merton",
         claim="V* solves the HJB equation and no other action does better in it.",
         level="fast",
         run=_hjb,
     ),
     Check(
-        name="constant_controls",
+        name="constant controls",
         group="merton",
         claim="The value of constant controls is the mean utility of exactly sampled wealth.",
         level="fast",

@@ -84,7 +84,7 @@ CHECKS: tuple[Check, ...] = (
         run=_learned,
     ),
     Check(
-        name="low-density",
+        name="low density",
         group="score_matching",
         claim="Away from the data a large noise level learns the score and a small one does not.",
         level="full",

@@ -85,35 +85,35 @@ def _learned() -> Iterator[Measurement]:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="adjoint-matching",
+        name="adjoint matching",
         group="soc",
         claim="Adjoint matching reaches the optimal control of SOC matching's OU problems.",
         level="fast",
         run=_easy,
     ),
     Check(
-        name="adjoint-matching-hard",
+        name="adjoint matching, hard",
         group="soc",
         claim="Adjoint matching reaches the optimum of the unstable quadratic problem, d = 20.",
         level="fast",
         run=_hard,
     ),
     Check(
-        name="adjoint-matching-wells",
+        name="adjoint matching, wells",
         group="soc",
         claim="Adjoint matching learns the ten-dimensional double well's control.",
         level="full",
         run=_wells,
     ),
     Check(
-        name="deep-bsde",
+        name="DeepBSDE",
         group="soc",
         claim="The 100-dimensional HJB equation of DeepBSDE has the value 4.5902 at the origin.",
         level="fast",
         run=_equation,
     ),
     Check(
-        name="deep-bsde-learned",
+        name="DeepBSDE, learned",
         group="soc",
         claim="A control learned by adjoint matching solves the 100-dimensional equation.",
         level="full",

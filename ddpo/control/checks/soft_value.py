@@ -83,21 +83,21 @@ def _equation() -> Iterator[Measurement]:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="feynman-kac",
+        name="Feynman-Kac",
         group="soft_value",
         claim="-alpha log E exp(r / alpha) over free paths is the exact linear-Gaussian value.",
         level="fast",
         run=_values,
     ),
     Check(
-        name="control-from-gradient",
+        name="control from gradient",
         group="soft_value",
         claim="-sigma^T grad v / alpha, by differentiating the paths, is the exact control.",
         level="fast",
         run=_controls,
     ),
     Check(
-        name="soft-hjb",
+        name="HJB",
         group="soft_value",
         claim="The exact value solves the HJB equation of the running cost alpha / 2 |u|^2.",
         level="fast",

@@ -100,21 +100,21 @@ def _shaping() -> Iterator[Measurement]:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="spaceship_values",
+        name="spaceship values",
         group="tabular",
         claim="Value iteration on the spaceship takes the printed steps and halves its error each sweep.",
         level="fast",
         run=_spaceship_values,
     ),
     Check(
-        name="spaceship_policies",
+        name="spaceship policies",
         group="tabular",
         claim="One-sweep policy iteration has the policy after two iterations, exact evaluation the values as well.",
         level="fast",
         run=_spaceship_policies,
     ),
     Check(
-        name="linear_programming",
+        name="linear programming",
         group="tabular",
         claim="Policy iteration and value iteration in every order solve random processes as linear programming does.",
         level="fast",

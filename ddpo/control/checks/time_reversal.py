@@ -107,28 +107,28 @@ def _seeded(seed: int) -> torch.Generator:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="time-reversal",
+        name="time reversal",
         group="diffusion",
         claim="The control Sigma^T grad log p_{T-t} turns noise into the data's law.",
         level="fast",
         run=_reversal,
     ),
     Check(
-        name="verification-identity",
+        name="verification identity",
         group="diffusion",
         claim="A control's cost, its mean-zero part taken off, exceeds the value by half its squared distance from u*.",
         level="fast",
         run=_identity,
     ),
     Check(
-        name="euler-order",
+        name="Euler order",
         group="diffusion",
         claim="What Euler-Maruyama leaves of the identity halves with the step.",
         level="fast",
         run=_order,
     ),
     Check(
-        name="girsanov",
+        name="Girsanov",
         group="diffusion",
         claim="The path KL is E int |u|^2 / 2 and the sum of the steps' Gaussian KL divergences.",
         level="fast",
