@@ -198,10 +198,11 @@ def optimum(reference: AffineChain, reward: Quadratic, alpha: float, *, free_cov
         raise ValueError(f"alpha must be positive, got {alpha}: without a KL term the optimum need not exist")
     value = reward
     values, F_best, g_best, cov_best = [value], [], [], []
+    stochastic = reference.stochastic
     for k in reversed(range(reference.num_steps)):
         F, g, C = reference.F[k], reference.g[k], reference.cov[k]
         P, q, c = value.P, value.q, value.c
-        if reference.stochastic[k]:
+        if stochastic[k]:
             weight = alpha * torch.linalg.inv(C)
             total = weight + P
             if not bool((torch.linalg.eigvalsh(total) > 0).all()):

@@ -54,13 +54,13 @@ def verify(
         sampler = SamplerConfig(kind=sampler_kind or "ddim", num_steps=num_steps, guidance_scale=guidance_scale)
         checks = list(likelihood_checks(model, sampler=sampler, precision=precision, device=None))
     rows = run_with_bar(checks)
-    print(as_json(rows) if json_file == "-" else table(rows))
+    print(as_json(rows) if json_file == "-" else table(rows))  # noqa: T201
     if json_file is not None and json_file != "-":
         Path(json_file).write_text(as_json(rows) + "\n")
     if report is not None:
         from trainers.verification.report import write_report
 
-        print(f"report: {write_report(report, rows)}", file=sys.stderr)
+        print(f"report: {write_report(report, rows)}", file=sys.stderr)  # noqa: T201
     return 0 if all(row.measurement.passed for row in rows) else 1
 
 
