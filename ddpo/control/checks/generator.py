@@ -78,7 +78,7 @@ def _residuals() -> Iterator[Measurement]:
     regulator, merton, steered = StochasticLQR.example(), Merton(), _Steered()
     x = torch.linspace(0.3, 3, 16, dtype=torch.float64)[:, None]
     for name, problem, value in (("regulator", regulator, regulator.value), ("Merton", merton, merton.value)):
-        residual = hjb_residual(value, problem, x, lambda *at, problem=problem: _newton(problem, *at)) / value(x)  # type: ignore
+        residual = hjb_residual(value, problem, x, lambda *at, problem=problem: _newton(problem, *at)) / value(x)
         error = float(residual.abs().max())
         yield Measurement(
             name=f"residual / V of the exact value, {name}", exact=0.0, obtained=error, error=error, tolerance=1e-11
@@ -135,7 +135,7 @@ CHECKS: tuple[Check, ...] = (
         run=_residuals,
     ),
     Check(
-        name="residual_is_no_certificate",
+        name="residual is no certificate",
         group="hjb",
         claim="A value on the wrong Riccati root has no residual either, and its policy's cost diverges.",
         level="fast",

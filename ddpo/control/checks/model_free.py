@@ -123,9 +123,9 @@ def _q_learning() -> Iterator[Measurement]:
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        name="advantage_rate",
+        name="advantage rate",
         group="model_free",
-        claim="As dt -> 0 the advantage-rate target keeps Q's dependence on the action; the usual target keeps rho dt of it.",
+        claim="As dt -> 0 the advantage-rate target keeps Q's dependence on the action, the usual target rho dt of it.",
         level="fast",
         run=_targets,
     ),
@@ -137,7 +137,7 @@ CHECKS: tuple[Check, ...] = (
         run=_lspi,
     ),
     Check(
-        name="q_learning",
+        name="q learning",
         group="model_free",
         claim="Q-learning with networks finds the regulator's policy from transitions alone.",
         level="full",

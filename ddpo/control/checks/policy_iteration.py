@@ -124,8 +124,8 @@ def merton(seed: int) -> tuple[float, float]:
 def chain_gain(dt: float, scheme: Scheme) -> float:
     """Where improving the exact value of the scalar example's chain leaves the gain unchanged.
 
-    A step multiplies the state by m(l dt), l = K + 1/2, with m = 1 - z for Euler and 1 - z + z^2 / 2 for Heun; rewards
-    w = q + K^2 r are summed by left rectangles or trapezoids, and K = P / r follows from P by the HJB of continuous time.
+    A step multiplies the state by m(l dt), l = K + 1/2, with m = 1 - z for Euler and 1 - z + z^2 / 2 for Heun. Rewards
+    w = q + K^2 r are summed by left rectangles or trapezoids, and K = P / r is greedy in continuous time.
     """
     gain = 2.66
     for _ in range(500):
@@ -209,7 +209,7 @@ CHECKS: tuple[Check, ...] = (
         level="fast",
         run=_collocation,
     ),
-    _full("collocation_4d", "It finds the gain in four dimensions.", _collocation_four),
+    _full("collocation, d = 4", "It finds the gain in four dimensions.", _collocation_four),
     _full(
         "monte_carlo_euler",
         "Monte Carlo with Euler steps and rectangles finds the gain of its chain, 10% off.",
@@ -220,6 +220,6 @@ CHECKS: tuple[Check, ...] = (
         "With Heun's steps and trapezoids the bias is of second order.",
         partial(_textbook, "heun", 0.025, 5e-3),
     ),
-    _full("residual_targets", "Targets in residual form have no bias of the time step.", _residual),
-    _full("merton", "Merton's controls come from exactly sampled wealth by Monte Carlo and an actor.", _merton),
+    _full("residual targets", "Targets in residual form have no bias of the time step.", _residual),
+    _full("Merton", "Merton's controls come from exactly sampled wealth by Monte Carlo and an actor.", _merton),
 )
