@@ -69,7 +69,7 @@ def perturb(policy: Policy, *, scale: float = 0.02, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in policy.trainable().values():
-            weight += scale * torch.randn(weight.shape, generator=generator).to(weight)
+            weight.add_(torch.randn(weight.shape, generator=generator).to(weight), alpha=scale)
 
 
 def log_prob_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
@@ -174,10 +174,10 @@ def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
             values = []
             for sign in (1.0, -2.0):
                 for weight, direction in zip(weights, gradient, strict=True):
-                    weight += sign * size * direction / norm
+                    weight.add_(direction, alpha=sign * size / norm)
                 values.append(float(log_prob()))
             for weight, direction in zip(weights, gradient, strict=True):
-                weight += size * direction / norm
+                weight.add_(direction, alpha=size / norm)
         difference = (values[0] - values[1]) / (2 * size)
         if abs(difference / norm - 1) < best:
             best, shown = abs(difference / norm - 1), difference

@@ -119,11 +119,14 @@ def check_grid() -> Iterator[Measurement]:
 def check_terminal_law() -> Iterator[Measurement]:
     """With more steps, stochastic samplers with the exact score end in the data's law."""
     mean, cov = torch.tensor([1.0], dtype=torch.float64), torch.tensor([[0.25]], dtype=torch.float64)
-    for kind, eta in (("ddim", 1.0), ("flow_sde", 0.7)):
-        schedule = toy_schedule(SamplerConfig(kind=kind, num_steps=500, eta=eta, guidance_scale=1.0))[1]
+    for sampler in (
+        SamplerConfig(kind="ddim", num_steps=500, eta=1.0, guidance_scale=1.0),
+        SamplerConfig(kind="flow_sde", num_steps=500, eta=0.7, guidance_scale=1.0),
+    ):
+        schedule = toy_schedule(sampler)[1]
         means, covs = marginals(gaussian_data_chain(mean, cov, schedule))
         error = max(abs(float(means[-1]) - 1.0), abs(float(covs[-1].sqrt()) - 0.5))
-        yield Measurement(name=f"{kind}, 500 steps: mean, std", exact="1, 0.5",
+        yield Measurement(name=f"{sampler.kind}, 500 steps: mean, std", exact="1, 0.5",
                           obtained=f"{float(means[-1]):.4f}, {float(covs[-1].sqrt()):.4f}", error=error,
                           tolerance=0.02)  # fmt: skip
 

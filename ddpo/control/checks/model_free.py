@@ -130,14 +130,14 @@ CHECKS: tuple[Check, ...] = (
         run=_targets,
     ),
     Check(
-        name="lspi",
+        name="LSPI",
         group="model_free",
         claim="Least-squares policy iteration has exactly the bias of its chain, which Richardson removes.",
         level="fast",
         run=_lspi,
     ),
     Check(
-        name="q learning",
+        name="Q-learning",
         group="model_free",
         claim="Q-learning with networks finds the regulator's policy from transitions alone.",
         level="full",

@@ -211,12 +211,12 @@ CHECKS: tuple[Check, ...] = (
     ),
     _full("collocation, d = 4", "It finds the gain in four dimensions.", _collocation_four),
     _full(
-        "monte_carlo_euler",
+        "Monte Carlo, Euler",
         "Monte Carlo with Euler steps and rectangles finds the gain of its chain, 10% off.",
         partial(_textbook, "euler", 0.05, 1e-2),
     ),
     _full(
-        "monte_carlo_heun",
+        "Monte Carlo, Heun",
         "With Heun's steps and trapezoids the bias is of second order.",
         partial(_textbook, "heun", 0.025, 5e-3),
     ),
