@@ -5,14 +5,15 @@ latents: what remains is what the pipeline does after its loop. `__call__` is on
 undecorated function carries gradients.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ddpo.tracing import hollowed, replaced
+from ddpo.pipeline_call import PipelineCall
+from ddpo.tracing import hollowed, replaced, step_output
 
 
 class Decoder:
@@ -26,7 +27,7 @@ class Decoder:
         self,
         pipeline: DiffusionPipeline,
         denoiser: ModelMixin,
-        arguments: Mapping[str, object],
+        call: PipelineCall,
         *,
         device: torch.device,
         offload: bool,
@@ -36,13 +37,13 @@ class Decoder:
         Args:
             pipeline: The stock pipeline.
             denoiser: Its denoiser.
-            arguments: Of `pipeline.__call__` besides the prompts and the number of steps, such as height and width.
+            call: How the pipeline is called.
             device: Where it runs.
             offload: Whether everything but the denoiser rests on the CPU.
         """
         self.pipeline = pipeline
         self._denoiser = denoiser
-        self._arguments = dict(arguments)
+        self._call = call
         self._device = device
         self._offload = offload
         self._encoded: dict[int, object] = {}
@@ -55,16 +56,23 @@ class Decoder:
             with_gradient: Whether to record the graph from images to latents.
 
         Returns:
-            (B, 3, H, W) float32 in [0, 1].
+            (B, 3, H, W) float32 in [0, 1]; of a video (B, F, 3, H, W) the middle frame.
         """
-        batch = latents.shape[0]
-        vae = self.pipeline.components.get("vae")
-        latents = latents if vae is None else latents.to(vae.dtype)
+        images = self.frames(latents, with_gradient=with_gradient)
+        return images if images.ndim == 4 else images[:, images.shape[1] // 2]
+
+    def frames(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
+        """The same with all frames of a video, (B, F, 3, H, W); (B, 3, H, W) for an image pipeline."""
+        arguments = self._call.arguments([""] * latents.shape[0], output_type="pt", num_steps=1, guidance_scale=1.0)
         pipeline = self.pipeline
         run = type(pipeline).__call__.__wrapped__ if with_gradient else type(pipeline).__call__  # type: ignore[attr-defined]
 
-        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> tuple[Tensor]:
-            return (latents,)
+        vae = self.pipeline.components.get("vae")
+
+        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> object:
+            # Some loops keep float32 latents whatever the network is; a VAE may also be wider than the loop.
+            dtype = sample.dtype if vae is None else torch.promote_types(sample.dtype, vae.dtype)
+            return step_output(latents.to(dtype), options)
 
         with ExitStack() as stack:
             # The pipeline draws initial latents that the tail does not see: leave no trace in the global generators.
@@ -74,10 +82,7 @@ class Decoder:
             stack.enter_context(replaced(pipeline.scheduler, "step", step))
             if hasattr(pipeline, "encode_prompt"):
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
-            images = run(
-                pipeline, prompt=[""] * batch, num_inference_steps=1, guidance_scale=1.0, output_type="pt",
-                return_dict=False, **self._arguments,
-            )[0]  # fmt: skip
+            images = run(pipeline, **arguments, return_dict=False)[0]
         return images.float()
 
     def _encode_prompt(self, prompt: list[str], *arguments: object, **options: object) -> object:

@@ -5,13 +5,18 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from ddpo.schedule import flow_matching_scheduler
+
 SHAPES = Path(__file__).parent / "assets" / "shapes"
 
 
 def load_pipeline(
     path: str | Path, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
 ) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` without a safety checker, which would blacken images before they are scored.
+    """`DiffusionPipeline.from_pretrained` with two changes.
+
+    The safety checker is left out, which would blacken images before they are scored, and a flow-matching model's
+    solver becomes the scheduler of the same noise schedule (`ddpo.schedule.flow_matching_scheduler`).
 
     Args:
         path: A folder, a Hugging Face hub id, or `shapes`.
@@ -38,11 +43,13 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(
             source, dtype=dtype, revision=revision, variant=variant, local_files_only=folder.is_dir()
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise FileNotFoundError(f"model.path {source!r} could not be loaded: {_first_line(error)}") from error
     if pipeline.components.get("safety_checker") is not None:
         pipeline.register_modules(safety_checker=None)
         pipeline.register_to_config(requires_safety_checker=False)
+    if pipeline.components.get("scheduler") is not None:
+        pipeline.scheduler = flow_matching_scheduler(pipeline.scheduler)
     return pipeline
 
 

@@ -16,6 +16,7 @@ import peft
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpo.validation import check
@@ -145,8 +146,9 @@ def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
 def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin, folder: Path) -> None:
     """Writes what was trained in diffusers' own format.
 
-    A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`; fully trained weights to `folder/<name>`,
-    for `from_pretrained(folder, subfolder=name)`.
+    A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`, or, for a pipeline without that function
+    (PixArt, DDPM), for `peft.PeftModel.from_pretrained(pipeline.<name>, folder)`. Fully trained weights go to
+    `folder/<name>`, for `from_pretrained(folder, subfolder=name)`.
 
     Args:
         pipeline: The pipeline that the denoiser belongs to.
@@ -157,9 +159,21 @@ def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin, f
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(denoiser, "peft_config"):
         layers = {f"{name}_lora_layers": lora_state(denoiser)}
-        pipeline.save_lora_weights(str(folder), **layers, safe_serialization=True)
+        if hasattr(pipeline, "save_lora_weights"):
+            pipeline.save_lora_weights(str(folder), **layers, safe_serialization=True)
+        else:
+            _save_as_peft(denoiser, folder)
     else:
         denoiser.save_pretrained(folder / name, safe_serialization=True)
+
+
+def _save_as_peft(denoiser: ModelMixin, folder: Path) -> None:
+    settings: peft.LoraConfig = copy.copy(vars(denoiser)["peft_config"][ADAPTER])
+    settings.lora_alpha = settings.r  # the scale is in the weights
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    state = {f"base_model.model.{name}": value for name, value in lora_state(denoiser).items()}
+    save_file(state, folder / "adapter_model.safetensors")
 
 
 def _adaptable(layer: nn.Module) -> bool:

@@ -16,19 +16,18 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ddpo import lora
+from ddpo import lora, ragged
 from ddpo.decoding import Decoder
 from ddpo.denoiser import DTYPES, Denoiser, Precision
 from ddpo.gaussian import Gaussian
-from ddpo.guidance import GuidanceRule
+from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.loading import load_pipeline
+from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.prediction import predict
-from ddpo.samplers import SamplerConfig, make_schedule
+from ddpo.samplers import SamplerConfig, default_sampler, make_schedule
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
-from ddpo.tracing import Step, find_denoiser, find_rule, trace
+from ddpo.tracing import Step, find_denoiser, trace
 from ddpo.trajectory import Condition
-
-PROBE_PROMPTS = ("a", "one", "two")  # short: some text encoders take few tokens
 
 
 class Policy:
@@ -43,6 +42,7 @@ class Policy:
         schedule: Coefficients of the chain, float32 on the device.
         latent_shape: Shape of one sample's latents.
         name: The denoiser's component name, `unet` or `transformer`.
+        call: How the pipeline is called.
         denoiser: The network and how it is called.
         rule: The pipeline's way to guide, found by comparing with its own output.
     """
@@ -64,7 +64,8 @@ class Policy:
         """Traces a pipeline and attaches what is to be trained.
 
         Args:
-            pipeline: Any text-to-image pipeline with one denoiser; taken over, its scheduler is replaced.
+            pipeline: Any pipeline from prompts, or from nothing, with one denoiser; taken over, its scheduler is
+                replaced.
             sampler: How to sample.
             adapter: What to train; None trains nothing.
             precision: Of the network. LoRA weights stay float32.
@@ -76,22 +77,21 @@ class Policy:
             UntraceableError: The pipeline does not fit; the message says why.
             ValueError: The sampler or the scheduler does not fit the model.
         """
+        self.name = find_denoiser(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = training_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.sampler = sampler
         self.device = torch.device(device)
-        self.name = find_denoiser(pipeline)
         module: ModelMixin = getattr(pipeline, self.name)
+        self.call = read_call(pipeline, module, sampler)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
                 if component.dtype != DTYPES[precision]:
                     component.to(DTYPES[precision])
         self.denoiser = Denoiser(module, precision=precision, device=self.device)
-        size = {"height": sampler.height, "width": sampler.width}
-        self._size = {name: pixels for name, pixels in size.items() if pixels is not None}
-        self._decoder = Decoder(pipeline, module, self._size, device=self.device, offload=offload)
+        self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
         self._encoded: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._read_pipeline()
         self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
@@ -117,7 +117,8 @@ class Policy:
 
         Args:
             path: A folder, a Hugging Face hub id, or `shapes` for the small pipeline that ships with ddpo.
-            sampler: How to sample; default 50 DDIM steps with eta 1 and guidance 5.
+            sampler: How to sample; default 50 steps with guidance 5 of the sampler that fits the model, `ddim` with
+                eta 1 or `flow_sde` with eta 0.7.
             adapter: What to train; default LoRA of rank 16 on the attention projections.
             precision: Of the network.
             device: Where to run; default this process's GPU, else the CPU.
@@ -133,7 +134,7 @@ class Policy:
         pipeline = load_pipeline(path, dtype=DTYPES[precision], revision=revision, variant=variant)
         return cls(
             pipeline,
-            sampler=sampler or SamplerConfig(),
+            sampler=sampler or default_sampler(pipeline.scheduler),
             adapter=adapter or lora.LoraConfig(),
             precision=precision,
             device=device or default_device(),
@@ -235,7 +236,7 @@ class Policy:
             self._encode(missing[start : start + chunk_size])
         rows = [self._encoded[prompt] for prompt in prompts]
         positive, negative = (
-            {name: torch.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
+            {name: ragged.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
         )
         return Condition(
             prompts=tuple(prompts),
@@ -265,9 +266,14 @@ class Policy:
             with_gradient: Whether to record the graph from images to latents.
 
         Returns:
-            (B, 3, H, W) float32 in [0, 1].
+            (B, 3, H, W) float32 in [0, 1]; of a video its middle frame, F // 2 of F.
         """
         return self._decoder(latents, with_gradient=with_gradient)
+
+    def decode_frames(self, latents: Tensor) -> Tensor:
+        """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images."""
+        frames = self._decoder.frames(latents)
+        return frames if frames.ndim == 5 else frames[:, None]
 
     def save(self, folder: Path) -> None:
         """Writes the trained weights in diffusers' format: see `ddpo.lora.save_weights`."""
@@ -276,32 +282,26 @@ class Policy:
     # ---- tracing ----------------------------------------------------------------------------------------------------
 
     def _trace(self, prompts: Sequence[str], *, num_steps: int | None = None, hollow: bool = True) -> list[Step]:
-        arguments = {
-            "prompt": list(prompts),
-            "num_inference_steps": self.sampler.num_steps,
-            "guidance_scale": self.sampler.guidance_scale,
-            "output_type": "latent",
-            "generator": torch.Generator().manual_seed(0),
-            **self._size,
-        }
+        generator = torch.Generator().manual_seed(0)
+        output = "pt" if self.pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
+        arguments = self.call.arguments(prompts, output_type=output, generator=generator)
         with torch.no_grad():
             return trace(self.pipeline, self.denoiser.module, arguments, num_steps=num_steps, hollow=hollow)
 
     def _read_pipeline(self) -> None:
         """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
-        steps = self._trace(PROBE_PROMPTS[:2])
-        (three,) = self._trace(PROBE_PROMPTS, num_steps=1)
+        steps, one, three = probe(self.pipeline, self._trace)
         self._kind = prediction_type(self.pipeline.scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
         times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
         self.schedule = self._make_schedule(self.sampler, times)
         self._ode = self._make_schedule(replace(self.sampler, kind="ode"), times)
-        self.denoiser.learn_arguments(steps[0], three)
+        self.denoiser.learn_arguments(one, steps[0], three)
         with self.denoiser.autocast():
             (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)
-        self.rule = find_rule(real, self._replay)
-        guide = self.rule.combine  # of two equal branches it is the conditional output, whatever else the rule does
-        self.unguided = GuidanceRule(name="unguided", layout="single", combine=lambda _, p, scale: guide(p, p, 1.0))
+        self.denoiser.output_type = real.model_output.dtype
+        self.rule = find_rule(real, self._replay, rules(rescale=self.sampler.guidance_rescale))
+        self.unguided = unguided(self.rule)
 
     def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
         scheduler = self.pipeline.scheduler
@@ -327,7 +327,7 @@ class Policy:
         condition = self.denoiser.condition(prompts, step, self.rule)
         for row, prompt in enumerate(prompts):
             positive, negative = (
-                {name: value[row].detach() for name, value in side.items()}
+                ragged.trim({name: value[row].detach() for name, value in side.items()})
                 for side in (condition.positive, condition.negative)
             )
             self._encoded[prompt] = (positive, negative)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from ddpo.schedule import Grid, Schedule
@@ -41,6 +42,9 @@ class SamplerConfig:
         guidance_scale: Classifier-free guidance; 1 for none.
         height: Image height in pixels; None takes the pipeline's own.
         width: Image width in pixels; None takes the pipeline's own.
+        num_frames: Frames of a video pipeline; None takes the pipeline's own.
+        guidance_rescale: How far guided outputs are brought back to the spread of the conditional ones, in [0, 1]
+            (Lin et al., arXiv:2305.08891, section 3.4), for pipelines that offer it (Stable Diffusion, SDXL).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -51,6 +55,8 @@ class SamplerConfig:
     guidance_scale: float = 5.0
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
@@ -58,6 +64,28 @@ class SamplerConfig:
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         for name, pixels in (("height", self.height), ("width", self.width)):
             check(pixels is None or pixels >= 8, name, pixels, "at least 8 pixels or null")
+        check(self.num_frames is None or self.num_frames >= 1, "num_frames", self.num_frames, "at least 1 or null")
+        check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "in [0, 1]")
+
+
+def default_sampler(
+    scheduler: SchedulerMixin, *, num_steps: int = 50, guidance_scale: float = 5.0, kind: SamplerKind | None = None
+) -> SamplerConfig:
+    """The sampler that fits a pipeline's scheduler: ancestral DDIM for VP models, Flow-GRPO's SDE for flow matching.
+
+    Args:
+        scheduler: The pipeline's own.
+        num_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance.
+        kind: Take this kind instead; the noise level is still the model family's.
+    """
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    return SamplerConfig(
+        kind=kind or ("flow_sde" if flow else "ddim"),
+        eta=0.7 if flow else 1.0,  # 0.7 is Flow-GRPO's noise level (arXiv:2505.05470)
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+    )
 
 
 def ddim_std(grid: Grid, eta: float) -> Tensor:

@@ -133,6 +133,23 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return ddim
 
 
+def flow_matching_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The `FlowMatchEulerDiscreteScheduler` behind a VP solver that is set up for flow matching.
+
+    Sana and Wan are published with DPM-Solver or UniPC in their flow mode: sigma(t) = shift t / (1 + (shift - 1) t)
+    with the constant `flow_shift`. The same curve is FlowMatchEuler's `shift`, whose step is the ODE's Euler step.
+    Other schedulers are returned as they are.
+    """
+    config = scheduler.config
+    if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas", False):
+        return scheduler
+    if config.get("use_dynamic_shifting", False):
+        return scheduler
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config.num_train_timesteps, shift=config.get("flow_shift", 1.0)
+    )
+
+
 def noise_grid(scheduler: SchedulerMixin) -> Grid:
     """The grid of a scheduler whose timesteps are set, in float64 on the CPU.
 

@@ -7,16 +7,18 @@ the same calls itself, so that no model family needs code of its own.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from ddpo.guidance import RULES, GuidanceRule
+from ddpo import ragged
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -35,13 +37,16 @@ class Call:
 
     Attributes:
         latents: Its first argument, (rows, *latent).
-        timestep: The value of its timestep argument, as passed (0-dimensional or (rows,)).
-        arguments: All other arguments by dotted name (`added_cond_kwargs.text_embeds`), tensors and plain values.
+        timestep: The value of its timestep argument, as passed (0-dimensional, (rows,) or (rows, tokens)).
+        arguments: All other arguments by dotted name (`added_cond_kwargs.text_embeds`), tensors and plain values; a
+            list of tensors is padded to one tensor with the lengths beside it (`ddpo.ragged`).
+        lists: Names of the arguments, the latents' among them, that were lists of tensors.
     """
 
     latents: Tensor
     timestep: Tensor
     arguments: dict[str, object]
+    lists: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,11 @@ def find_denoiser(pipeline: DiffusionPipeline) -> str:
         )
     if isinstance(pipeline.components.get("transformer_2"), nn.Module):
         raise UntraceableError(f"{type(pipeline).__name__} switches between transformer and transformer_2; use one")
-    if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
-        raise UntraceableError(f"{type(pipeline).__name__} takes no prompt; a policy needs a text-conditioned pipeline")
+    if pipeline.components.get("scheduler") is None:
+        raise UntraceableError(
+            f"{type(pipeline).__name__} has no scheduler ({', '.join(pipeline.components)}); "
+            "a policy is a chain of scheduler steps"
+        )
     return names[0]
 
 
@@ -122,6 +130,20 @@ def trace(
     Raises:
         UntraceableError: The pipeline did not call its denoiser and its scheduler as a stepwise sampler does.
     """
+    with recording(pipeline, denoiser, num_steps=num_steps, hollow=hollow) as steps, suppress(_StopTracing):
+        pipeline(**arguments)
+    if not steps or any(not entry.calls for entry in steps):
+        raise UntraceableError(
+            f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
+        )
+    return steps
+
+
+@contextmanager
+def recording(
+    pipeline: DiffusionPipeline, denoiser: ModelMixin, *, num_steps: int | None = None, hollow: bool = False
+) -> Iterator[list[Step]]:
+    """Records the steps of a pipeline that is called in the `with` block; see `trace`."""
     names = call_names(denoiser)
     signature = inspect.signature(denoiser.forward)
     scheduler = pipeline.scheduler
@@ -139,51 +161,15 @@ def trace(
         calls.clear()
         if num_steps is not None and len(steps) >= num_steps:
             raise _StopTracing
-        return (sample,) if hollow else stock_step(model_output, timestep, sample, **options)
+        return step_output(sample, options) if hollow else stock_step(model_output, timestep, sample, **options)
 
-    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step), suppress(_StopTracing):
-        pipeline(**arguments)
-    if not steps or any(not entry.calls for entry in steps):
-        raise UntraceableError(
-            f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
-        )
-    return steps
+    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step):
+        yield steps
 
 
-def find_rule(step: Step, denoise: Callable[[GuidanceRule, Step], Tensor]) -> GuidanceRule:
-    """The guidance rule that reproduces the pipeline's own model output exactly.
-
-    Args:
-        step: One recorded step of the real loop (`hollow=False`).
-        denoise: Computes the model output of that step under a rule, or raises ValueError where it does not apply.
-
-    Raises:
-        UntraceableError: None does; the message shows each rule's error.
-    """
-    errors = {}
-    for rule in RULES:
-        if not _layout_fits(rule, step):
-            continue
-        output = denoise(rule, step)
-        if output.shape != step.model_output.shape:
-            errors[rule.name] = f"shape {tuple(output.shape)}"
-            continue
-        error = float((output - step.model_output).abs().max())
-        if error == 0.0:
-            return rule
-        errors[rule.name] = f"max error {error:.2e}"
-    raise UntraceableError(
-        "no guidance rule reproduces this pipeline's model output of shape "
-        f"{tuple(step.model_output.shape)} from {len(step.calls)} denoiser call(s): "
-        + ("; ".join(f"{name}: {text}" for name, text in errors.items()) or "no layout fits")
-        + ". Add its rule to ddpo.guidance.RULES."
-    )
-
-
-def _layout_fits(rule: GuidanceRule, step: Step) -> bool:
-    copies = step.calls[0].latents.shape[0] // step.sample.shape[0]
-    expected = {"single": (1, 1), "stacked": (1, 2), "positive_first": (2, 1), "negative_first": (2, 1)}
-    return expected[rule.layout] == (len(step.calls), copies)
+def step_output(latents: Tensor, options: Mapping[str, object]) -> object:
+    """What `scheduler.step` returns for these latents, in the form that its `options` ask for."""
+    return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents,)
 
 
 def flatten(arguments: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -247,19 +233,35 @@ def _bind(
 
 def _record(bound: Mapping[str, object], names: CallNames) -> Call:
     latents, timestep = bound[names.latents], bound[names.timestep]
+    lists = set()
+    if _is_list_of_tensors(latents):
+        latents = torch.stack(latents)
+        lists.add(names.latents)
     if not isinstance(latents, Tensor):
         raise UntraceableError(f"the denoiser's {names.latents} is a {type(latents).__name__}, not a tensor")
     rest = {name: value for name, value in bound.items() if name not in (names.latents, names.timestep, "return_dict")}
-    return Call(latents=latents, timestep=torch.as_tensor(timestep), arguments=flatten(rest))
+    arguments = flatten(rest)
+    for name, value in list(arguments.items()):
+        if _is_list_of_tensors(value) and len(value) == latents.shape[0]:
+            arguments[name] = ragged.stack(value)
+            arguments[name + ragged.LENGTH] = torch.tensor([row.shape[0] for row in value], device=value[0].device)
+            lists.add(name)
+    return Call(latents=latents, timestep=torch.as_tensor(timestep), arguments=arguments, lists=frozenset(lists))
+
+
+def _is_list_of_tensors(value: object) -> TypeGuard[list[Tensor]]:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(row, Tensor) and row.ndim > 0 for row in value)
 
 
 def _hollow_output(denoiser: ModelMixin, bound: Mapping[str, object], names: CallNames) -> object:
     latents = bound[names.latents]
-    assert isinstance(latents, Tensor)
-    config = denoiser.config
-    channels_in, channels_out = config.get("in_channels"), config.get("out_channels")
-    shape = list(latents.shape)
-    if channels_out and channels_in != channels_out and len(shape) > 3 and shape[1] == channels_in:
-        shape[1] = channels_out
-    zeros = latents.new_zeros(shape)
+    if _is_list_of_tensors(latents):
+        zeros: object = [torch.zeros_like(row) for row in latents]
+    else:
+        assert isinstance(latents, Tensor)
+        channels_in, channels_out = denoiser.config.get("in_channels"), denoiser.config.get("out_channels")
+        shape = list(latents.shape)
+        if channels_out and channels_in != channels_out and len(shape) > 3 and shape[1] == channels_in:
+            shape[1] = channels_out
+        zeros = latents.new_zeros(shape)
     return Transformer2DModelOutput(sample=zeros) if bound.get("return_dict", True) else (zeros,)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ddpo import ragged
 from ddpo.schedule import Schedule
 
 
@@ -20,7 +21,7 @@ class Condition:
     Attributes:
         prompts: B texts.
         metadata: B dictionaries, handed to rewards as they came with the prompts.
-        positive: Denoiser arguments by dotted name, each (B, ...).
+        positive: Denoiser arguments by dotted name, each (B, ...); sequences of unequal length as in `ddpo.ragged`.
         negative: The same for the unconditional branch; empty without guidance.
     """
 
@@ -57,8 +58,8 @@ class Condition:
         return Condition(
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
             metadata=tuple(entry for part in parts for entry in part.metadata),
-            positive={name: torch.cat([part.positive[name] for part in parts]) for name in first.positive},
-            negative={name: torch.cat([part.negative[name] for part in parts]) for name in first.negative},
+            positive={name: ragged.concatenate([part.positive[name] for part in parts]) for name in first.positive},
+            negative={name: ragged.concatenate([part.negative[name] for part in parts]) for name in first.negative},
         )
 
 

@@ -10,10 +10,12 @@ A reward of your own is a function in any file, named in a configuration as `my_
 """
 
 from rewards.base import Reward, RewardError, Scores
+from rewards.card import Card
 from rewards.combine import RewardTerm, WeightedSum
 from rewards.registry import as_reward, available, register, resolve
 
 __all__ = [
+    "Card",
     "Reward",
     "RewardError",
     "RewardTerm",

@@ -1,10 +1,10 @@
-"""What `ddpo rewards list` and `ddpo rewards score` print."""
+"""What `ddpo rewards list`, `ddpo rewards score` and `ddpo rewards test` print."""
 
 from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,28 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from rewards.card import Card
 from rewards.construct import Registration
-from rewards.registry import available, find, resolve
+from rewards.optional import installed
+from rewards.registry import BUILT_IN, available, find, resolve
+from rewards.selftest import Report, selftest
+
+_YOUR_OWN = "Your own: file.py:name or module:name, a function (images, prompts, metadata) -> Tensor (B,)."
 
 
 def list_rewards(verbose: bool = False) -> str:
-    """A table of every reward that can be named, with its range and whether it is differentiable.
+    """Every reward that can be named, with its range and whether it is differentiable.
 
     Args:
-        verbose: also show where each is defined.
+        verbose: a paragraph for each in place of a row: also typical scores, the pip extra needed, licence, origin and
+            where it is defined.
     """
-    header = ["name", "gradient", "range", "description"] + (["source"] if verbose else [])
-    rows = [_row(name, origin, verbose=verbose) for name, origin in available().items()]
-    own = "Your own: file.py:name or module:name, a function (images, prompts, metadata) -> Tensor (B,)."
-    return f"{table(header, rows)}\n\n{own}"
+    entries = available().items()
+    if verbose:
+        listing = "\n\n".join(_paragraph(name, origin) for name, origin in entries)
+    else:
+        listing = table(["name", "gradient", "range", "description"], [_row(name) for name, _ in entries])
+    return f"{listing}\n\n{_YOUR_OWN}"
 
 
 def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[str] | None = None) -> str:
@@ -51,6 +59,50 @@ def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[s
     if len(rows) > 1:
         cells.append(["mean", *_numbers(np.mean(rows, axis=0))])
     return table(["image", *header], cells, right=True)
+
+
+def run_selftests(
+    names: Sequence[str], *, options: Mapping[str, object] | None = None, prompt: str | None = None
+) -> tuple[str, bool]:
+    """A table of self-tests, a row for each reward, then what failed; and whether nothing did.
+
+    Args:
+        names: rewards, in any form `rewards.resolve` understands; all built-in ones when empty.
+        options: keyword arguments for a reward class; for a single reward only.
+        prompt: of the sample pictures.
+
+    Returns:
+        The text, and False when a check failed or a reward that was asked for by name cannot be made.
+
+    Raises:
+        ValueError: options for several rewards.
+    """
+    if options and len(names) != 1:
+        raise ValueError(f"options belong to one reward, got {len(names)} names; test them one by one")
+    reports = [selftest(name, options=options, prompt=prompt) for name in names or BUILT_IN]
+    ran = [report for report in reports if report.findings]
+    lines = []
+    if ran:
+        header = ["name", *[finding.check for finding in ran[0].findings], "images/s"]
+        lines += table(header, [_test_row(report) for report in ran]).splitlines()
+    for report in reports:
+        failed = [finding for finding in report.findings if finding.passed is False]
+        lines += [f"{report.name}: {finding.check} FAILED: {finding.detail}" for finding in failed]
+        if report.failure:
+            lines.append(f"{report.name}: FAILED: {report.failure}")
+        if report.unavailable:
+            lines.append(f"{report.name}: not run: {report.unavailable}")
+    fine = all(report.passed and not (names and report.unavailable) for report in reports)
+    return "\n".join(lines), fine
+
+
+def _test_row(report: Report) -> list[str]:
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    cells = []
+    for finding in report.findings:
+        note = finding.detail if finding.passed and finding.check != "range" else ""
+        cells.append(f"{marks[finding.passed]} {note}".strip())
+    return [report.name, *cells, f"{report.images_per_second:.3g}"]
 
 
 def expand(patterns: Sequence[str | Path]) -> list[Path]:
@@ -103,20 +155,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool =
     return "\n".join(lines)
 
 
-def _row(name: str, origin: str, *, verbose: bool) -> list[str]:
+def _row(name: str) -> list[str]:
     try:
         noted = find(name)
     except (ImportError, ValueError) as error:  # a plug-in that cannot be loaded must not hide the others
-        cells = [name, "-", "-", f"unavailable: {error}", origin]
-    else:
-        cells = [
-            name,
-            "yes" if noted.differentiable else "no",
-            _format_range(noted.range),
-            _describe(noted),
-            noted.source,
-        ]
-    return cells if verbose else cells[:-1]
+        return [name, "-", "-", f"unavailable: {error}"]
+    gradient = "yes" if noted.differentiable else "no"
+    return [name, gradient, _format_range(noted.range), _describe(noted)]
+
+
+def _paragraph(name: str, origin: str) -> str:
+    try:
+        noted = find(name)
+    except (ImportError, ValueError) as error:
+        return f"{name}\n  unavailable: {error}\n  defined in   {origin}"
+    facts = {
+        "gradient": "yes" if noted.differentiable else "no",
+        "range": _format_range(noted.range),
+        "typical": noted.card.typical,
+        "extra": _format_extra(noted.card),
+        "licence": noted.card.licence,
+        "origin": noted.card.origin,
+        "defined in": noted.source,
+    }
+    lines = [f"  {label:<12} {fact}" for label, fact in facts.items() if fact]
+    return "\n".join([f"{name}: {_describe(noted)}", *lines])
+
+
+def _format_extra(card: Card) -> str:
+    """The pip extra, and whether what it brings is missing here."""
+    missing = [module for module in card.modules if not installed(module)]
+    return card.extra + (f" (not installed: {', '.join(missing)})" if missing else "")
 
 
 def _format_range(bounds: tuple[float, float] | None) -> str:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
 from rewards.base import Reward, RewardFunction
+from rewards.card import Card
+
+
+@runtime_checkable
+class DeclaresGradient(Protocol):
+    """A reward object that knows only once it is made whether gradients reach the images, by its options."""
+
+    differentiable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,7 @@ class Registration:
         range: lowest and highest value, None when not stated.
         description: one sentence; the first line of the docstring when not given.
         source: `module.name (file:line)`.
+        card: provenance, licence and typical scores.
     """
 
     name: str
@@ -32,6 +41,7 @@ class Registration:
     range: tuple[float, float] | None
     description: str
     source: str
+    card: Card = Card()
 
     def wrap(self, function: RewardFunction) -> Reward:
         """The reward that calls `function`."""
@@ -64,7 +74,10 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
         raise ValueError(
             f"reward class {noted.name!r} needs __call__(self, images, prompts, metadata) ({noted.source})"
         )
-    return noted.wrap(cast(RewardFunction, function))
+    reward = noted.wrap(cast(RewardFunction, function))
+    if isinstance(function, DeclaresGradient):
+        return replace(reward, differentiable=noted.differentiable and function.differentiable)
+    return reward
 
 
 def _check_options(noted: Registration, options: Mapping[str, object]) -> None:

@@ -14,10 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from rewards.base import Metadata
+from rewards.card import Card
 from rewards.registry import register
 
 QUALITY = 95
 BYTES_PER_KB = 1000
+_CARD = Card(
+    origin="Black et al., arXiv:2305.13301",
+    licence="definition",
+    typical="in kB: 50-105 photograph of 0.15 to 0.3 megapixels, 9-10 of 128 x 128 pixels",
+)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
@@ -39,13 +45,13 @@ def _jpeg_bytes(picture: Tensor) -> int:
     return buffer.tell()
 
 
-@register(range=(-float("inf"), 0.0))
+@register(range=(-float("inf"), 0.0), card=_CARD)
 def jpeg_compressibility(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
     """Minus the size in kB of the image as JPEG of quality 95."""
     return -jpeg_kilobytes(images)
 
 
-@register(range=(0.0, float("inf")))
+@register(range=(0.0, float("inf")), card=_CARD)
 def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
     """The size in kB of the image as JPEG of quality 95."""
     return jpeg_kilobytes(images)

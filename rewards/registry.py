@@ -22,6 +22,7 @@ from typing import TypeVar, cast, overload
 import torch
 
 from rewards.base import Reward, RewardFunction
+from rewards.card import Card
 from rewards.construct import Registration, construct
 from rewards.loading import load, load_file
 
@@ -36,6 +37,21 @@ BUILT_IN = {
     "redness": "rewards.color",
     "greenness": "rewards.color",
     "blueness": "rewards.color",
+    "sharpness": "rewards.statistics",
+    "colourfulness": "rewards.statistics",
+    "entropy": "rewards.statistics",
+    "symmetry": "rewards.statistics",
+    "clip_score": "rewards.clip_score",
+    "aesthetic": "rewards.aesthetic",
+    "hpsv2": "rewards.hpsv2",
+    "pickscore": "rewards.pickscore",
+    "siglip_score": "rewards.siglip_score",
+    "aesthetic_v2_5": "rewards.aesthetic_v2_5",
+    "imagereward": "rewards.imagereward",
+    "ocr": "rewards.ocr",
+    "imagenet_class": "rewards.imagenet",
+    "chebyshev": "rewards.scalarize",
+    "geometric": "rewards.scalarize",
     "shapes": "rewards.shapes.reward",
     "shapes_strict": "rewards.shapes.reward",
     "shapes_partial": "rewards.shapes.reward",
@@ -55,6 +71,7 @@ def register(
     differentiable: bool = False,
     range: tuple[float, float] | None = None,
     description: str = "",
+    card: Card | None = None,
 ) -> Callable[[Target], Target]: ...
 def register(
     name: Target | str | None = None,
@@ -62,6 +79,7 @@ def register(
     differentiable: bool = False,
     range: tuple[float, float] | None = None,
     description: str = "",
+    card: Card | None = None,
 ) -> Target | Callable[[Target], Target]:
     """Register a reward function or class under a name; returns it unchanged.
 
@@ -70,6 +88,7 @@ def register(
         differentiable: whether gradients reach the images through it.
         range: lowest and highest value, infinities allowed.
         description: one sentence for `ddpo rewards list`; the docstring's first line when empty.
+        card: provenance, licence and typical scores for `ddpo rewards list --verbose`.
 
     Raises:
         ValueError: the name is taken by another reward, or is not usable as a name.
@@ -79,7 +98,7 @@ def register(
         return name
 
     def decorate(target: Target) -> Target:
-        _add(_describe(target, name, differentiable=differentiable, range=range, description=description))
+        _add(_describe(target, name, differentiable=differentiable, range=range, description=description, card=card))
         return target
 
     return decorate
@@ -171,6 +190,7 @@ def _describe(
     differentiable: bool = False,
     range: tuple[float, float] | None = None,
     description: str = "",
+    card: Card | None = None,
 ) -> Registration:
     own_name = getattr(target, "__name__", type(target).__name__)
     return Registration(
@@ -180,6 +200,7 @@ def _describe(
         range=range,
         description=description or (inspect.getdoc(target) or "").partition("\n")[0],
         source=_source(target),
+        card=card or Card(),
     )
 
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from rewards.base import Metadata
+from rewards.card import Card
 from rewards.registry import register
 from rewards.shapes.verifier import Verdict, verify
 
+_CARD = Card(origin="this package", licence="definition", typical="0 wrong, 1 right")
 
-@register(range=(0.0, 1.0), description="Shapes as the caption says: mean of strict and partial.")
+
+@register(range=(0.0, 1.0), card=_CARD, description="Shapes as the caption says: mean of strict and partial.")
 def shapes(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
     """Scores shapes against captions, densely.
 
@@ -32,13 +35,15 @@ def shapes(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict
     return {"score": (strict + partial) / 2, "strict": strict, "partial": partial}
 
 
-@register(range=(0.0, 1.0), description="1 where the picture shows exactly the shapes of the caption, else 0.")
+@register(
+    range=(0.0, 1.0), card=_CARD, description="1 where the picture shows exactly the shapes of the caption, else 0."
+)
 def shapes_strict(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
     """Returns (B,) float32, 1 where the picture shows exactly what the caption says."""
     return torch.from_numpy(_verify(images, prompts).strict)
 
 
-@register(range=(0.0, 1.0), description="Share of the caption's requirements that the picture meets.")
+@register(range=(0.0, 1.0), card=_CARD, description="Share of the caption's requirements that the picture meets.")
 def shapes_partial(images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
     """Returns (B,) float32 in [0, 1], the share of the caption's requirements that is met."""
     return torch.from_numpy(_verify(images, prompts).partial)

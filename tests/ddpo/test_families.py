@@ -1,52 +1,108 @@
-"""SDXL, Stable Diffusion 3 and FLUX through the same code as Stable Diffusion, with the stock pipelines as oracles."""
+"""Every model family through the same code as Stable Diffusion, with the stock pipelines as oracles."""
 
+from dataclasses import dataclass, field
+
+import peft
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from ddpo import LoraConfig, Policy, SamplerConfig, rollout
+from ddpo.schedule import training_scheduler
+from ddpo.tracing import recording
 from tests.ddpo.families import tiny_flux, tiny_sd3, tiny_sdxl
-from tests.ddpo.tools import perturb, prior, record_stock
+from tests.ddpo.more_families import (
+    tiny_ddpm,
+    tiny_flux2,
+    tiny_pixart,
+    tiny_qwen,
+    tiny_sana,
+    tiny_wan,
+    tiny_z_image,
+)
+from tests.ddpo.tools import SIZE, perturb
+from tests.tiny import tiny_stable_diffusion
 
-PROMPTS = ["a cat", "two dogs"]
-FAMILIES = {"sdxl": (tiny_sdxl, "ddim"), "sd3": (tiny_sd3, "flow_sde"), "flux": (tiny_flux, "flow_sde")}
-SIZE = {"height": 16, "width": 16}
+PROMPTS = ["a cat", "two dogs and a red house"]
 
 
-def stock(family):
-    pipeline = FAMILIES[family][0]()
-    pipeline.set_progress_bar_config(disable=True)
-    if family == "sdxl":  # the DDIM sampler of the Euler scheduler's noise schedule
-        options = {"clip_sample": False, "set_alpha_to_one": False}
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)
-    return pipeline
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a family is built and sampled, and the rule that its pipeline guides by."""
+
+    build: object
+    rule: str
+    sampler: str = "flow_sde"
+    guidance: float = 4.0
+    options: dict = field(default_factory=lambda: SIZE)
+    unused: frozenset = frozenset()
+
+
+# The text stream's output of Qwen-Image's last block goes nowhere.
+QWEN_UNUSED = frozenset({"transformer_blocks.1.attn.to_add_out"})
+FAMILIES = {
+    "sd1": Family(build=tiny_stable_diffusion, sampler="ddim", rule="stacked"),
+    "sd1 rescaled": Family(build=tiny_stable_diffusion, sampler="ddim", rule="stacked, rescaled",
+                           options={**SIZE, "guidance_rescale": 0.7}),
+    "sdxl": Family(build=tiny_sdxl, sampler="ddim", rule="stacked"),
+    "sdxl rescaled": Family(build=tiny_sdxl, sampler="ddim", rule="stacked, rescaled",
+                            options={**SIZE, "guidance_rescale": 0.7}),
+    "sd3": Family(build=tiny_sd3, rule="stacked"),
+    "flux": Family(build=tiny_flux, rule="none"),
+    "flux2": Family(build=tiny_flux2, rule="none"),
+    "pixart": Family(build=tiny_pixart, sampler="ddim", rule="stacked, learned variance"),
+    "pixart unguided": Family(build=tiny_pixart, sampler="ddim", rule="none, learned variance", guidance=1.0),
+    "sana": Family(build=tiny_sana, rule="stacked", options={"height": 32, "width": 32}),
+    "qwen": Family(build=tiny_qwen, rule="two calls, positive first, norm preserving",
+                   unused=QWEN_UNUSED),
+    "qwen unguided": Family(build=tiny_qwen, rule="none", guidance=1.0, unused=QWEN_UNUSED),
+    "z-image": Family(build=tiny_z_image, rule="stacked positive first, negated"),
+    "z-image unguided": Family(build=tiny_z_image, rule="none, negated", guidance=0.0),
+    "wan": Family(build=tiny_wan, rule="two calls, positive first", options={**SIZE, "num_frames": 5}),
+    "ddpm": Family(build=tiny_ddpm, sampler="ddim", rule="none", options={}),
+}  # fmt: skip
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def make(family, kind=None):
-    build, sampler = FAMILIES[family]
-    config = SamplerConfig(kind=kind or sampler, num_steps=3, guidance_scale=4.0, **SIZE)
-    return Policy(build(), sampler=config, adapter=LoraConfig(rank=2))
+    spec = FAMILIES[family]
+    config = SamplerConfig(kind=kind or spec.sampler, num_steps=3, guidance_scale=spec.guidance, **spec.options)
+    return Policy(spec.build(), sampler=config, adapter=LoraConfig(rank=2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def stock(family):
+    pipeline = FAMILIES[family].build()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = training_scheduler(pipeline.scheduler)
+    return pipeline
+
+
+def run_stock(pipeline, policy):
+    """A stock pipeline's images (all frames of a video) and the recorded steps of its loop."""
+    arguments = policy.call.arguments(PROMPTS, output_type="pt", generator=torch.Generator().manual_seed(5))
+    with recording(pipeline, getattr(pipeline, policy.name)) as steps:
+        images = pipeline(**arguments, return_dict=False)[0]
+    return images if images.ndim == 5 else images[:, None], steps
+
+
+@every_family
 def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
     policy = make(family, "ode")
-    latents, condition = prior(policy, 2), policy.encode(PROMPTS)
-    result, steps = record_stock(
-        stock(family), prompt=PROMPTS, latents=latents, guidance_scale=4.0, num_inference_steps=3, output_type="pt",
-        **SIZE,
-    )  # fmt: skip
+    assert policy.rule.name == FAMILIES[family].rule
+    images, steps = run_stock(stock(family), policy)
+    condition = policy.encode(PROMPTS)
+    assert len(steps) == policy.schedule.num_steps == 3
     with torch.no_grad():
-        for k, (_, sample, model_output) in enumerate(steps):
+        for k, step in enumerate(steps):
             time = policy.schedule.model_time[k].expand(2)
-            branches = policy.denoiser.branches(sample, time, condition, policy.rule)
+            branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
             output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
-            assert (output - model_output).abs().max() == 0, k
-    final = rollout(policy, condition, torch.arange(2), latents=latents).final
-    torch.testing.assert_close(policy.decode(final), result.images, rtol=0, atol=2e-5)
+            assert (output - step.model_output).abs().max() == 0, k
+    final = rollout(policy, condition, torch.arange(2), latents=steps[0].sample).final
+    torch.testing.assert_close(policy.decode_frames(final), images, rtol=0, atol=2e-5)
+    torch.testing.assert_close(policy.decode(final), images[:, images.shape[1] // 2], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_log_probs_of_mixed_steps_equal_the_rollouts(family):
     policy = make(family)
     perturb(policy, scale=0.05)
@@ -57,19 +113,33 @@ def test_log_probs_of_mixed_steps_equal_the_rollouts(family):
     assert difference.abs().max() / trajectory.latents[0, 0].numel() < 1e-5
     assert trajectory.kl.isfinite().all() and (trajectory.kl.sum(1) > 0).all()
     difference.sum().backward()
-    assert all(parameter.grad is not None for parameter in policy.trainable().values())
+    unused = {name.split(".lora_")[0] for name, value in policy.trainable().items() if value.grad is None}
+    assert unused == FAMILIES[family].unused
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family
 def test_a_saved_adapter_loads_into_the_stock_pipeline(family, tmp_path):
     policy = make(family, "ode")
     perturb(policy, scale=0.05)
     policy.save(tmp_path)
-    latents = prior(policy, 2)
-    ours = policy.decode(rollout(policy, policy.encode(PROMPTS), torch.arange(2), latents=latents).final)
     pipeline = stock(family)
-    pipeline.load_lora_weights(str(tmp_path))
-    theirs = pipeline(
-        PROMPTS, latents=latents, guidance_scale=4.0, num_inference_steps=3, output_type="pt", **SIZE
-    ).images
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    before, _ = run_stock(pipeline, policy)
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(str(tmp_path))
+    else:
+        network = peft.PeftModel.from_pretrained(getattr(pipeline, policy.name), tmp_path).get_base_model()
+        pipeline.register_modules(**{policy.name: network})
+    theirs, steps = run_stock(pipeline, policy)
+    final = rollout(policy, policy.encode(PROMPTS), torch.arange(2), latents=steps[0].sample).final
+    torch.testing.assert_close(policy.decode_frames(final), theirs, rtol=0, atol=2e-5)
+    assert (theirs - before).abs().max() > 1e-3
+
+
+@every_family
+def test_gradients_reach_the_latents_through_the_decoder(family):
+    policy = make(family)
+    latents = torch.randn(1, *policy.latent_shape).requires_grad_()
+    images = policy.decode(latents, with_gradient=True)
+    assert images.shape[:2] == (1, 3) and images.ndim == 4
+    (gradient,) = torch.autograd.grad(images.sum(), latents)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0

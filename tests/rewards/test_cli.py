@@ -29,7 +29,9 @@ def test_list_shows_every_built_in_with_its_gradient_and_range():
 
 
 def test_verbose_list_shows_sources():
-    assert re.search(r"^brightness .*rewards.color.brightness \(.*color.py:\d+\)$", list_rewards(verbose=True), re.M)
+    listing = list_rewards(verbose=True)
+    assert re.search(r"^brightness: Mean luma.*\n(  .*\n)*  defined in +rewards.color.brightness", listing, re.M)
+    assert re.search(r"^  defined in +rewards.color.brightness \(.*color.py:\d+\)$", listing, re.M)
 
 
 def test_a_broken_plug_in_is_listed_as_unavailable(monkeypatch):

@@ -140,8 +140,8 @@ def test_impossible_ranges_are_refused(bounds):
 
 
 @pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
-def test_every_built_in_resolves_and_says_what_it_is(name):
-    reward = resolve(name)
+def test_every_built_in_is_found_and_says_what_it_is(name):
+    reward = registry.find(name)
     assert reward.name == name
     assert reward.description
     assert reward.range is not None
@@ -149,7 +149,7 @@ def test_every_built_in_resolves_and_says_what_it_is(name):
 
 def test_built_in_table_lists_all_that_the_modules_register():
     for name in registry.BUILT_IN:
-        resolve(name)
+        registry.find(name)
     registered = {
         name for name, noted in registry._registrations.items() if noted.target.__module__.startswith("rewards.")
     }

@@ -4,14 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from ddpo import SamplerConfig
-from ddpo.control.checks.base import Check
 from ddpo.denoiser import Precision
 from ddpo.samplers import SamplerKind
-from trainers.verification.likelihood import likelihood_checks
-from trainers.verification.suite import Row, all_checks, as_json, run_checks, select, table
+from trainers.verification.conformance import likelihood_checks, load_subject
+from trainers.verification.suite import all_checks, as_json, run_with_bar, select, table
 
 
 def verify(
@@ -34,7 +30,7 @@ def verify(
         json_file: Where the measurements go as JSON: a file, `-` for stdout in place of the table, None for nowhere.
         report: Folder for figures and an HTML page, made if missing.
         model: Check the likelihood of this pipeline instead.
-        sampler_kind: With `model`: the sampler; None takes `ddim`.
+        sampler_kind: With `model`: the sampler; None takes the one that fits the model.
         num_steps: With `model`: denoising steps.
         guidance_scale: With `model`: classifier-free guidance.
         precision: With `model`: of the network.
@@ -51,8 +47,10 @@ def verify(
     if model is None:
         checks = select(all_checks(), full=full, only=only)
     else:
-        sampler = SamplerConfig(kind=sampler_kind or "ddim", num_steps=num_steps, guidance_scale=guidance_scale)
-        checks = list(likelihood_checks(model, sampler=sampler, precision=precision, device=None))
+        subject = load_subject(
+            model, sampler_kind=sampler_kind, num_steps=num_steps, guidance_scale=guidance_scale, precision=precision
+        )
+        checks = likelihood_checks(subject)
     rows = run_with_bar(checks)
     print(as_json(rows) if json_file == "-" else table(rows))  # noqa: T201
     if json_file is not None and json_file != "-":
@@ -62,17 +60,3 @@ def verify(
 
         print(f"report: {write_report(report, rows)}", file=sys.stderr)  # noqa: T201
     return 0 if all(row.measurement.passed for row in rows) else 1
-
-
-def run_with_bar(checks: Sequence[Check]) -> list[Row]:
-    """Runs checks under a bar on stderr that names the one at work."""
-    with tqdm(total=len(checks), unit="check", dynamic_ncols=True) as bar:
-
-        def announce(index: int, check: Check) -> None:
-            bar.n = index
-            bar.set_description(f"{check.group}: {check.name}")
-
-        rows = list(run_checks(checks, announce=announce))
-        bar.n = len(checks)
-        bar.set_description("verified")
-    return rows

@@ -1,67 +1,22 @@
 """The likelihood of a real pipeline, checked on the model that a user is going to train.
 
-Everything is held against a second route: `torch.distributions`, the stock scheduler and pipeline, finite differences.
+Everything is held against a second route: `torch.distributions`, the stock scheduler, finite differences.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ddpo import Gaussian, LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
-from ddpo.control.checks.base import Check, Measurement
+from ddpo import Gaussian, Policy, Trajectory
+from ddpo.control.checks.base import Measurement
 from ddpo.denoiser import Precision
 
 PROMPTS = ("a red circle", "two blue squares", "a green cross", "a yellow triangle")
 RowsOf = Callable[[Policy, Trajectory], Iterator[Measurement]]
 NATS_PER_DIMENSION: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
-
-
-def likelihood_checks(
-    model: str | Path, *, sampler: SamplerConfig, precision: Precision, device: str | None
-) -> tuple[Check, ...]:
-    """The checks of one model, which is loaded by the first of them.
-
-    Args:
-        model: Folder or hub id of a pipeline, or `shapes`.
-        sampler: How it is to be sampled; with noise.
-        precision: Of the network.
-        device: A torch device; None for the default.
-    """
-    loaded: list[tuple[Policy, Trajectory]] = []
-
-    def subject() -> tuple[Policy, Trajectory]:
-        if not loaded:
-            policy = Policy.from_pretrained(
-                model, sampler=sampler, adapter=LoraConfig(rank=4), precision=precision, device=device
-            )
-            perturb(policy)
-            seeds = sample_seeds(0, 0, range(len(PROMPTS)))
-            loaded.append((policy, rollout(policy, policy.encode(PROMPTS), seeds, with_kl=True)))
-        return loaded[0]
-
-    table: dict[str, tuple[RowsOf, str]] = {
-        "log-prob": (log_prob_rows, "Log-probabilities are true log-densities, in nats."),
-        "KL": (kl_rows, "The KL is the Gaussian KL in nats, and 0 for the pretrained weights."),
-        "first ratio": (partial(ratio_rows, precision=precision),
-                        "Training recomputes the log-probabilities of sampling, so the first ratio is 1."),
-        "stock pipeline": (partial(stock_rows, precision=precision),
-                           "Steps are the scheduler's; without noise, the images are the stock pipeline's."),
-        "gradient": (gradient_rows, "The gradient of a log-probability is its finite difference."),
-    }  # fmt: skip
-    return tuple(
-        Check(name=name, group="policy", claim=claim, level="fast", run=partial(_run, rows, subject))
-        for name, (rows, claim) in table.items()
-    )
-
-
-def _run(rows: RowsOf, subject: Callable[[], tuple[Policy, Trajectory]]) -> Iterator[Measurement]:
-    policy, path = subject()
-    yield from rows(policy, path)
 
 
 def perturb(policy: Policy, *, scale: float = 0.02, seed: int = 0) -> None:
@@ -121,38 +76,25 @@ def ratio_rows(policy: Policy, path: Trajectory, *, precision: Precision) -> Ite
                       error=float(error.mean()), tolerance=tolerance)  # fmt: skip
 
 
-def stock_rows(policy: Policy, path: Trajectory, *, precision: Precision) -> Iterator[Measurement]:
-    """Every step against `DDIMScheduler.step` (VP models), and a noise-free rollout against the pipeline itself."""
+def scheduler_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
+    """The mean of every noisy step against `DDIMScheduler.step`; nothing to compare with for flow matching."""
     scheduler = policy.pipeline.scheduler
-    tolerance = 1e-4 if precision == "fp32" else 5e-2
-    if isinstance(scheduler, DDIMScheduler):
-        scheduler.set_timesteps(policy.schedule.num_steps)
-        error = 0.0
-        for k, t in enumerate(scheduler.timesteps):
-            x = path.latents[:, k]
-            with torch.no_grad():
-                negative, positive = policy.denoiser.branches(x, t.expand(len(x)), path.condition, policy.rule)
-                output = policy.rule.combine(negative, positive, policy.sampler.guidance_scale).float()
-                ours = policy(k, x, path.condition).mean
-            stock = scheduler.step(
-                output, t, x, eta=policy.sampler.eta, variance_noise=torch.zeros_like(x), return_dict=False
-            )[0]
-            error = max(error, float((ours - stock).abs().max()))
-        yield Measurement(name="mean of every step, max error", exact="DDIMScheduler.step", obtained="same to",
-                          error=error, tolerance=1e-5 * max(1.0, float(path.latents.abs().max())))  # fmt: skip
-    latents = path.latents[:, 0]
-    with policy.noise_free():
-        ours = policy.decode(rollout(policy, path.condition, path.seeds, latents=latents).final)
-    with torch.no_grad(), policy.denoiser.autocast():
-        stock = policy.pipeline(
-            prompt=list(PROMPTS), latents=latents.to(policy.denoiser.module.dtype), output_type="pt",
-            num_inference_steps=policy.sampler.num_steps, guidance_scale=policy.sampler.guidance_scale,
-            **{name: size for name, size in (("height", policy.sampler.height), ("width", policy.sampler.width))
-               if size is not None},
-        )[0].float()  # fmt: skip
-    error = float((ours - stock).abs().max())
-    yield Measurement(name="noise-free images, max pixel error", exact=type(policy.pipeline).__name__,
-                      obtained="same to", error=error, tolerance=tolerance)  # fmt: skip
+    if not isinstance(scheduler, DDIMScheduler):
+        return
+    scheduler.set_timesteps(policy.schedule.num_steps)
+    error = 0.0
+    for k, t in enumerate(scheduler.timesteps):
+        x = path.latents[:, k]
+        with torch.no_grad():
+            negative, positive = policy.denoiser.branches(x, t.expand(len(x)), path.condition, policy.rule)
+            output = policy.rule.combine(negative, positive, policy.sampler.guidance_scale).float()
+            ours = policy(k, x, path.condition).mean
+        stock = scheduler.step(
+            output, t, x, eta=policy.sampler.eta, variance_noise=torch.zeros_like(x), return_dict=False
+        )[0]
+        error = max(error, float((ours - stock).abs().max()))
+    yield Measurement(name="mean of every step, max error", exact="DDIMScheduler.step", obtained="same to",
+                      error=error, tolerance=1e-5 * max(1.0, float(path.latents.abs().max())))  # fmt: skip
 
 
 def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from tqdm.auto import tqdm
+
 from ddpo.control.checks.base import Check, Measurement
 
 MODULES = (
@@ -96,6 +98,20 @@ def run_checks(checks: Sequence[Check], *, announce: Callable[[int, Check], None
             raised = Measurement(name="raised", exact="", obtained=f"{type(error).__name__}: {error}",
                                  error=math.nan, tolerance=0.0)  # fmt: skip
             yield _row(check, raised, time.perf_counter() - started)
+
+
+def run_with_bar(checks: Sequence[Check]) -> list[Row]:
+    """Runs checks under a bar on stderr that names the one at work."""
+    with tqdm(total=len(checks), unit="check", dynamic_ncols=True) as bar:
+
+        def announce(index: int, check: Check) -> None:
+            bar.n = index
+            bar.set_description(f"{check.group}: {check.name}")
+
+        rows = list(run_checks(checks, announce=announce))
+        bar.n = len(checks)
+        bar.set_description("verified")
+    return rows
 
 
 def _row(check: Check, found: Measurement, seconds: float) -> Row:

@@ -170,7 +170,8 @@ MUTANTS = (
     Mutant(name="1/alpha for alpha", seen_in="two conventions mixed", patches=scaled_alpha(lambda alpha: alpha**-2),
            converged=with_alpha(lambda alpha: alpha**-2)),
     Mutant(name="advantage / std, KL unscaled, direct only", seen_in="flow_grpo", patches=unscaled_kl,
-           converged=divided_by_its_own_std, advantages=AdvantageConfig(baseline="batch", scale="batch_std", clip=None)),
+           converged=divided_by_its_own_std,
+           advantages=AdvantageConfig(baseline="batch", scale="batch_std", clip=None)),
     Mutant(name="baseline includes the sample itself", seen_in="GRPO", patches=baseline_includes_itself,
            converged=with_alpha(lambda alpha: 8 / 7),
            advantages=AdvantageConfig(baseline="group", scale="none", clip=None)),
@@ -218,7 +219,9 @@ def main() -> None:
             continue
         gaps = [exact_gap(mutant, toy_problem(kind=kind)) for kind in ("quadratic", "linear")]
         found = gradient_of(mutant, paths) if mutant.patches is not None else None
-        text = "".join(f"{'' if gap is None else f'{gap:.1e}':>{width}}" for gap, width in zip(gaps, (18, 16)))
+        text = "".join(
+            f"{'' if gap is None else f'{gap:.1e}':>{width}}" for gap, width in zip(gaps, (18, 16), strict=True)
+        )
         z = f"{'':>23}" if found is None else f"{found.rms_z:>16.2f}{found.max_z:>7.1f}"
         print(f"{mutant.name:<48}{text}{z}  {mutant.check}")
 

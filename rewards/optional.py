@@ -1,0 +1,35 @@
+"""Import a package that only some rewards need, or say how to install it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+
+def require(module: str, *, extra: str, reward: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: as in an import statement.
+        extra: pip extra of `ddpo` that installs it; empty for a dependency of `ddpo` itself.
+        reward: name of the reward, for the message.
+
+    Raises:
+        ImportError: the module, or one that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = f"ddpo[{extra}]" if extra else "ddpo"
+        raise ImportError(
+            f"reward {reward!r} needs {error.name or module}: pip install '{package}' ({error})"
+        ) from error
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported; imports nothing but its parent packages."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent is missing, or was removed from sys.modules
+        return False

@@ -1,0 +1,88 @@
+"""`ddpo check`: what passes, what fails, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+from ddpo import SamplerConfig
+from ddpo.guidance import linear
+from tests.ddpo.families import tiny_sd3, tiny_sdxl
+from tests.ddpo.more_families import tiny_pixart, tiny_qwen
+from tests.ddpo.tools import SIZE
+from tests.tiny import tiny_stable_diffusion
+from trainers.cli import main
+from trainers.verification.conformance import likelihood_checks, make_subject, pipeline_checks
+from trainers.verification.suite import run_checks
+
+ARGUMENTS = ["--num-steps", "3", "--height", "16", "--width", "16"]
+
+
+def rows(build, *, fresh=None, change=None, kind="ddim", precision="fp32"):
+    """The measurements of a tiny pipeline by name of their check."""
+    sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=4.0, **SIZE)
+    subject = make_subject(build(), sampler=sampler, precision=precision, device="cpu", fresh=fresh or build)
+    if change is not None:
+        change(subject.policy)
+    found = list(
+        run_checks([*pipeline_checks(subject), *likelihood_checks(subject)], announce=lambda index, check: None)
+    )
+    return {(row.check, row.measurement.name): row.measurement for row in found}
+
+
+def failed(measurements):
+    return {check for (check, _), measurement in measurements.items() if not measurement.passed}
+
+
+@pytest.mark.parametrize(
+    ("build", "fitting"), [(tiny_sdxl, "ddim, eta 1, 3 steps"), (tiny_sd3, "flow_sde, eta 0.7, 3 steps")]
+)
+def test_a_saved_pipeline_passes_with_the_sampler_that_fits_it(build, fitting, tmp_path, capsys):
+    build().save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path), *ARGUMENTS]) == 0
+    printed = capsys.readouterr()
+    assert fitting in printed.err
+    assert "measurements, all passed" in printed.out and "load_lora_weights" in printed.out
+
+
+def test_a_pipeline_that_cannot_be_trained_exits_with_the_reason(tmp_path, capsys):
+    parts = dict(tiny_stable_diffusion().components)
+    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path), *ARGUMENTS]) == 2
+    assert "error: StableDiffusionInpaintPipeline needs mask_image" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_unknown_pipeline_exits_with_the_reason(tmp_path, capsys):
+    tiny_stable_diffusion().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "NoSuchPipeline"))
+    assert main(["check", str(tmp_path), *ARGUMENTS]) == 2
+    assert "NoSuchPipeline" in capsys.readouterr().err
+
+
+def test_a_pipeline_without_lora_loaders_and_one_with_weights_that_nothing_reads_pass():
+    pixart = rows(tiny_pixart)
+    assert not failed(pixart) and any("PeftModel.from_pretrained" in name for _, name in pixart)
+    qwen = rows(tiny_qwen, kind="flow_sde")
+    assert not failed(qwen)
+    assert "transformer_blocks.1.attn.to_add_out" in {measurement.obtained for measurement in qwen.values()}
+
+
+def test_an_adapter_that_lands_in_other_weights_fails():
+    measurements = rows(tiny_stable_diffusion, fresh=lambda: tiny_stable_diffusion(seed=1))
+    assert failed(measurements) == {"adapter"}
+
+
+def test_a_wrong_guidance_rule_fails():
+    def linear_instead(policy):
+        policy.rule = replace(policy.rule, combine=linear)
+
+    assert {"model output", "noise-free", "adapter"} <= failed(rows(tiny_qwen, kind="flow_sde", change=linear_instead))
+
+
+def test_bfloat16_passes_with_its_own_tolerances():
+    measurements = rows(
+        tiny_stable_diffusion, precision="bf16", fresh=lambda: tiny_stable_diffusion().to(torch.bfloat16)
+    )
+    assert not failed(measurements) and "gradient" not in {check for check, _ in measurements}

@@ -1,0 +1,311 @@
+"""Whether a pipeline can be trained as it is: `ddpo check MODEL`.
+
+The stock pipeline, with a perturbed adapter in it, is the oracle: every step's model output, every noise-free step and
+the images that come out must be what the policy computes itself; what `save` wrote must give the same images in a
+pipeline that knows nothing of the policy. Then follow the checks of the likelihood (`ddpo verify --policy`).
+
+B is the number of prompts.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import peft
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
+from ddpo.control.checks.base import Check, Measurement
+from ddpo.denoiser import DTYPES, Precision
+from ddpo.loading import load_pipeline
+from ddpo.policy import default_device
+from ddpo.samplers import SamplerKind, default_sampler
+from ddpo.schedule import training_scheduler
+from ddpo.tracing import Step, recording
+from trainers.verification.likelihood import (
+    PROMPTS,
+    RowsOf,
+    gradient_rows,
+    kl_rows,
+    log_prob_rows,
+    perturb,
+    ratio_rows,
+    scheduler_rows,
+)
+from trainers.verification.suite import run_with_bar, table
+
+OUTPUT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+PIXEL_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+
+
+def check(
+    model: str | Path,
+    *,
+    sampler_kind: SamplerKind | None,
+    num_steps: int,
+    guidance_scale: float,
+    precision: Precision,
+    height: int | None = None,
+    width: int | None = None,
+) -> int:
+    """Checks a model and prints the table.
+
+    Args:
+        model: Folder or hub id of a pipeline, or `shapes`.
+        sampler_kind: A stochastic sampler; None takes the one that fits the model.
+        num_steps: Denoising steps.
+        guidance_scale: Guidance as the pipeline defines it.
+        precision: Of the network.
+        height: Of the images in pixels; None takes the pipeline's own.
+        width: The same.
+
+    Returns:
+        0 if all passed, else 1.
+
+    Raises:
+        UntraceableError: The pipeline cannot be a policy; the message says why.
+        ValueError: Its scheduler or the sampler does not fit.
+        FileNotFoundError: There is no such model.
+    """
+    subject = load_subject(
+        model, sampler_kind=sampler_kind, num_steps=num_steps, guidance_scale=guidance_scale, precision=precision,
+        height=height, width=width,
+    )  # fmt: skip
+    rows = run_with_bar([*pipeline_checks(subject), *likelihood_checks(subject)])
+    print(table(rows))  # noqa: T201
+    return 0 if all(row.measurement.passed for row in rows) else 1
+
+
+def load_subject(
+    model: str | Path,
+    *,
+    sampler_kind: SamplerKind | None,
+    num_steps: int,
+    guidance_scale: float,
+    precision: Precision,
+    height: int | None = None,
+    width: int | None = None,
+) -> "Subject":
+    """Loads a model to be checked, with arguments as of `check`, and prints how it is sampled."""
+    pipeline = load_pipeline(model, dtype=DTYPES[precision])
+    fitting = default_sampler(pipeline.scheduler, num_steps=num_steps, guidance_scale=guidance_scale, kind=sampler_kind)
+    sampler = replace(fitting, height=height, width=width)
+    settings = f"{sampler.kind}, eta {sampler.eta:g}, {num_steps} steps, guidance {guidance_scale:g}, {precision}"
+    print(f"{type(pipeline).__name__}: {settings}", file=sys.stderr)  # noqa: T201
+    return make_subject(
+        pipeline, sampler=sampler, precision=precision, device=default_device(),
+        fresh=lambda: load_pipeline(model, dtype=DTYPES[precision]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockRun:
+    """What a stock pipeline did with the prompts.
+
+    Attributes:
+        steps: Its loop.
+        images: (B, F, 3, H, W) in [0, 1], F = 1 for images.
+    """
+
+    steps: list[Step]
+    images: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """The initial latents, (B, *latent)."""
+        return self.steps[0].sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A policy under examination; its adapter is perturbed, since a fresh one has no effect.
+
+    Attributes:
+        policy: The policy.
+        precision: Of its network.
+        fresh: Loads the stock pipeline once more.
+    """
+
+    policy: Policy
+    precision: Precision
+    fresh: Callable[[], DiffusionPipeline]
+
+    @cached_property
+    def path(self) -> Trajectory:
+        """Sampled chains with their KL."""
+        seeds = sample_seeds(0, 0, range(len(PROMPTS)))
+        return rollout(self.policy, self.policy.encode(PROMPTS), seeds, with_kl=True)
+
+    @cached_property
+    def stock(self) -> StockRun:
+        """The policy's own pipeline, adapter included, run as its authors wrote it."""
+        return self.run(self.policy.pipeline)
+
+    def run(self, pipeline: DiffusionPipeline) -> StockRun:
+        """Runs a pipeline of the policy's kind on the prompts."""
+        generator = torch.Generator().manual_seed(0)
+        arguments = self.policy.call.arguments(PROMPTS, output_type="pt", generator=generator)
+        network = getattr(pipeline, self.policy.name)
+        with torch.no_grad(), self.policy.denoiser.autocast(), recording(pipeline, network) as steps:
+            images = pipeline(**arguments, return_dict=False)[0].float()
+        return StockRun(steps=steps, images=images if images.ndim == 5 else images[:, None])
+
+    def ours(self, latents: Tensor) -> Trajectory:
+        """Noise-free chains from the given initial latents."""
+        with self.policy.noise_free():
+            return rollout(self.policy, self.path.condition, self.path.seeds, latents=latents)
+
+
+def make_subject(
+    pipeline: DiffusionPipeline,
+    *,
+    sampler: SamplerConfig,
+    precision: Precision,
+    device: torch.device | str,
+    fresh: Callable[[], DiffusionPipeline],
+) -> Subject:
+    """A policy over `pipeline` with a perturbed LoRA; `fresh` loads the same pipeline again.
+
+    Raises:
+        UntraceableError: The pipeline cannot be a policy; the message says why.
+    """
+    policy = Policy(pipeline, sampler=sampler, adapter=LoraConfig(rank=4), precision=precision, device=device)
+    perturb(policy)
+    return Subject(policy=policy, precision=precision, fresh=fresh)
+
+
+def pipeline_checks(subject: Subject) -> list[Check]:
+    """The policy against the stock pipeline."""
+    table: dict[str, tuple[Callable[[Subject], Iterator[Measurement]], str]] = {
+        "trace": (trace_rows, "One guidance rule reproduces the pipeline's own model output."),
+        "model output": (output_rows, "At every step the policy's guided model output is the pipeline's."),
+        "noise-free": (image_rows, "Without noise, the steps and the images are the stock pipeline's."),
+        "decode": (decode_rows, "Images are (B, 3, H, W) in [0, 1]."),
+        "adapter": (adapter_rows, "The saved adapter gives the same images in a fresh stock pipeline."),
+    }
+    return [_check("pipeline", name, claim, partial(rows, subject)) for name, (rows, claim) in table.items()]
+
+
+def likelihood_checks(subject: Subject) -> list[Check]:
+    """The policy's log-probabilities, KL, steps and gradient."""
+    table: dict[str, tuple[RowsOf, str]] = {
+        "log-prob": (log_prob_rows, "Log-probabilities are true log-densities, in nats."),
+        "KL": (kl_rows, "The KL is the Gaussian KL in nats, and 0 for the pretrained weights."),
+        "first ratio": (partial(ratio_rows, precision=subject.precision),
+                        "Training recomputes the log-probabilities of sampling, so the first ratio is 1."),
+        "scheduler": (scheduler_rows, "The mean of every noisy step is the stock scheduler's."),
+    }  # fmt: skip
+    if subject.precision == "fp32":  # a finite difference drowns in the rounding of the others
+        table["gradient"] = (reached_rows, "The gradient of a log-probability is its finite difference.")
+    return [_check("policy", name, claim, partial(_likelihood, rows, subject)) for name, (rows, claim) in table.items()]
+
+
+def _check(group: str, name: str, claim: str, run: Callable[[], Iterator[Measurement]]) -> Check:
+    return Check(name=name, group=group, claim=claim, level="fast", run=run)
+
+
+def _likelihood(rows: RowsOf, subject: Subject) -> Iterator[Measurement]:
+    yield from rows(subject.policy, subject.path)
+
+
+def trace_rows(subject: Subject) -> Iterator[Measurement]:
+    """The rule that was found when the policy was made; without one there is no policy."""
+    policy = subject.policy
+    steps, size = policy.schedule.num_steps, "x".join(map(str, policy.latent_shape))
+    yield Measurement(name=f"{policy.name}, latents {size}, {steps} steps", exact="a guidance rule",
+                      obtained=policy.rule.name, error=0.0, tolerance=0.0)  # fmt: skip
+
+
+def output_rows(subject: Subject) -> Iterator[Measurement]:
+    """The combined model output at the stock loop's own latents and times."""
+    policy, error, largest = subject.policy, 0.0, 0.0
+    for k, step in enumerate(subject.stock.steps):
+        time = policy.schedule.model_time[k].expand(len(PROMPTS))
+        with torch.no_grad():
+            branches = policy.denoiser.branches(step.sample, time, subject.path.condition, policy.rule)
+            output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
+        error = max(error, float((output - step.model_output).abs().max()))
+        largest = max(largest, float(step.model_output.abs().max()))
+    yield Measurement(name=f"{len(subject.stock.steps)} steps, |output| to {largest:.2g}", exact="scheduler.step's",
+                      obtained="same to", error=error,
+                      tolerance=OUTPUT_TOLERANCE[subject.precision] * max(1.0, largest))  # fmt: skip
+
+
+def image_rows(subject: Subject) -> Iterator[Measurement]:
+    """A chain of our own from the stock loop's first latents."""
+    stock, name = subject.stock, type(subject.policy.pipeline).__name__
+    ours = subject.ours(stock.latents)
+    error = max(float((ours.latents[:, k] - step.sample.float()).abs().max()) for k, step in enumerate(stock.steps))
+    scale = max(1.0, float(ours.latents.abs().max()))
+    yield Measurement(name="latents before every step", exact=name, obtained="same to", error=error,
+                      tolerance=10 * OUTPUT_TOLERANCE[subject.precision] * scale)  # fmt: skip
+    yield Measurement(name="pixels", exact=name, obtained="same to", error=_pixels(subject, ours, stock),
+                      tolerance=PIXEL_TOLERANCE[subject.precision])  # fmt: skip
+
+
+def decode_rows(subject: Subject) -> Iterator[Measurement]:
+    """The range and the layout of sampled images."""
+    images = subject.policy.decode(subject.path.final)
+    low, high = float(images.min()), float(images.max())
+    yield Measurement(name="range of sampled images", exact="in [0, 1]", obtained=f"{low:.3f} to {high:.3f}",
+                      error=max(0.0, -low, high - 1.0) if images.isfinite().all() else float("nan"),
+                      tolerance=0.0)  # fmt: skip
+    fits = images.ndim == 4 and images.shape[:2] == (len(PROMPTS), 3)
+    yield Measurement(name="layout", exact=f"({len(PROMPTS)}, 3, H, W)", obtained=str(tuple(images.shape)),
+                      error=0.0 if fits else 1.0, tolerance=0.0)  # fmt: skip
+
+
+def adapter_rows(subject: Subject) -> Iterator[Measurement]:
+    """The export, by the pipeline's own loader where it has one, else by peft's."""
+    policy, pipeline = subject.policy, subject.fresh()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = training_scheduler(pipeline.scheduler)
+    pipeline.to(policy.device)
+    before = subject.run(pipeline).images
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(Path(folder))
+        if hasattr(pipeline, "load_lora_weights"):
+            loader = "load_lora_weights"
+            pipeline.load_lora_weights(folder)
+        else:
+            loader = "PeftModel.from_pretrained"
+            network: nn.Module = getattr(pipeline, policy.name)
+            adapted = peft.PeftModel.from_pretrained(network, folder).get_base_model()
+            pipeline.register_modules(**{policy.name: adapted})
+    stock = subject.run(pipeline)
+    moved = float((stock.images - before).abs().max())
+    error = _pixels(subject, subject.ours(stock.latents), stock) if moved > 0 else float("nan")
+    yield Measurement(name=f"pixels after {loader}, which moved them by {moved:.2g}", exact="the policy's",
+                      obtained="same to", error=error, tolerance=PIXEL_TOLERANCE[subject.precision])  # fmt: skip
+
+
+def reached_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
+    """The gradient of the weights that have one; first, how many have none.
+
+    The last block of some transformers (Qwen-Image) computes outputs that nothing reads: their adapters stay as they
+    are, and a distributed wrapper must be told to expect unused parameters.
+    """
+    k, row = path.schedule.stochastic_steps[0], torch.tensor([0])
+    log_prob = policy(k, path.latents[:1, k], path.condition.index(row)).log_prob(path.latents[:1, k + 1]).sum()
+    weights = policy.trainable()
+    gradients = torch.autograd.grad(log_prob, list(weights.values()), allow_unused=True)
+    unused = {name: w for (name, w), gradient in zip(weights.items(), gradients, strict=True) if gradient is None}
+    layers = sorted({name.split(".lora_")[0] for name in unused})
+    yield Measurement(name=f"trained weights that nothing depends on, of {len(weights)}", exact="as found",
+                      obtained=", ".join(layers) or "none", error=0.0, tolerance=0.0)  # fmt: skip
+    for weight in unused.values():
+        weight.requires_grad_(False)
+    try:
+        yield from gradient_rows(policy, path)
+    finally:
+        for weight in unused.values():
+            weight.requires_grad_(True)
+
+
+def _pixels(subject: Subject, ours: Trajectory, stock: StockRun) -> float:
+    return float((subject.policy.decode_frames(ours.final) - stock.images.to(ours.latents.device)).abs().max())
