@@ -1,4 +1,4 @@
-"""Draws what runs gained against what they cost: two measures of their evaluations, one line a run, a colour a KL weight.
+"""Draws what runs gained against what it cost: two measures of their evaluations, a line a run, a colour a KL weight.
 
 python scripts/plot_tradeoff.py runs/a runs/b ... --x jpeg_compressibility --y heldout/shapes_strict --output trade.png
 """
