@@ -47,14 +47,18 @@ def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: boo
             rows = torch.arange(first, first + size)
             for k in range(plan.num_steps):
                 call(rows, k)
-                if penalised and k in policy.schedule.stochastic_steps:
-                    with policy.reference():
+            if penalised:
+                with policy.reference():
+                    for k in policy.schedule.stochastic_steps:
                         call(rows, k)
             first += size
         if not penalised:
+            few = torch.arange(min(KL_SAMPLES, len(prompts)))
             for k in policy.schedule.stochastic_steps:
-                call(torch.arange(min(KL_SAMPLES, len(prompts))), k)
-                call(torch.arange(min(KL_SAMPLES, len(prompts))), k)
+                call(few, k)
+            with policy.reference():
+                for k in policy.schedule.stochastic_steps:
+                    call(few, k)
     for _ in range(plan.inner_epochs):
         for count in plan.transitions_per_update:
             for piece in torch.arange(count).split(plan.train_batch_size):
