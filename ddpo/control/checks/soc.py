@@ -101,7 +101,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         name="adjoint matching, wells",
         group="soc",
-        claim="Adjoint matching learns the ten-dimensional double well's control.",
+        claim="On the ten-dimensional double well adjoint matching removes three quarters of the squared error, no more.",
         level="full",
         run=_wells,
     ),
