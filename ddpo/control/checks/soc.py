@@ -101,7 +101,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         name="adjoint matching, wells",
         group="soc",
-        claim="On the ten-dimensional double well adjoint matching removes three quarters of the squared error, no more.",
+        claim="On the ten-dimensional double well adjoint matching takes away most of the error, not all of it.",
         level="full",
         run=_wells,
     ),
