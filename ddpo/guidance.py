@@ -43,17 +43,17 @@ class GuidanceRule:
 
 
 def no_guidance(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:
-    """P as it is."""
+    """The conditional output as it is."""
     return positive
 
 
 def negated(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:
-    """-p, of a network that predicts the velocity towards the data."""
+    """The negative of p, of a network that predicts the velocity towards the data."""
     return -positive
 
 
 def linear(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:
-    """N + w (p - n) (Ho and Salimans, arXiv:2207.12598, eq. 6 with scale = 1 + w)."""
+    """Extrapolates from n: n + w (p - n) (Ho and Salimans, arXiv:2207.12598, eq. 6 with scale = 1 + w)."""
     assert negative is not None, "a rule with two branches"
     return negative + scale * (positive - negative)
 

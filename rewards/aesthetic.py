@@ -67,7 +67,7 @@ class Aesthetic:
         self.encoder = OpenClip(
             reward="aesthetic",
             model=model,
-            pretrained="" if ":" in model else pretrained,
+            pretrained=pretrained,
             sha256=sha256,
             revision=revision,
             device=device,

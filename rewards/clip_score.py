@@ -52,7 +52,7 @@ class ClipScore:
         self.encoder = OpenClip(
             reward="clip_score",
             model=model,
-            pretrained="" if ":" in model else pretrained,
+            pretrained=pretrained,
             sha256=sha256,
             revision=revision,
             device=device,

@@ -37,7 +37,7 @@ class OpenClip:
     Args:
         reward: name of the reward, for messages.
         model: see the module docstring.
-        pretrained: tag or file; empty for `local-dir:` and `hf-hub:` models.
+        pretrained: tag or file; unused for `local-dir:` and `hf-hub:` models, whose folder holds the weights.
         sha256: expected hash of the weights file; empty = not compared.
         revision: commit, for `hf-hub:`.
         device: where it runs.
@@ -65,7 +65,8 @@ class OpenClip:
             model = f"{LOCAL}{folder}"
         weights = _find_weights(open_clip, reward, model, pretrained, sha256)
         try:
-            network = open_clip.create_model(model, pretrained=pretrained or None, require_pretrained=True)
+            tag = None if model.startswith(LOCAL) else pretrained or None
+            network = open_clip.create_model(model, pretrained=tag, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:
             raise ValueError(

@@ -185,9 +185,9 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, _: list[str]) -> int:
-    from trainers.verification.conformance import check
+    from trainers.verification.conformance import check, load_subject
 
-    return check(
+    subject = load_subject(
         options.model,
         sampler_kind=options.sampler,
         num_steps=options.num_steps,
@@ -196,6 +196,7 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
         height=options.height,
         width=options.width,
     )
+    return check(subject)
 
 
 def _dashboard(options: argparse.Namespace, _: list[str]) -> None:

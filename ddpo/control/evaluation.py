@@ -161,7 +161,7 @@ def evaluate_collocation(
 
 
 def _residual(problem: ControlProblem, value: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-    """R + L^a V - rho V, (B,)."""
+    """The residual r + L^a V - rho V, (B,)."""
     return problem.reward(x, a) + generator(value, problem, x, a) - problem.discount * value(x)
 
 

@@ -259,11 +259,6 @@ class ControlError:
         """Missed over optimal, `squared / optimal`."""
         return self.squared / self.optimal
 
-    @property
-    def relative_norm(self) -> float:
-        """The root of `relative`."""
-        return math.sqrt(self.relative)
-
 
 def control_error(
     problem: SOCProblem,

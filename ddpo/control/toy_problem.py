@@ -9,7 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ddpo.control.chain import AffineChain, Optimum, Quadratic, controlled, gaussian_data_chain, objective, optimum
+from ddpo.control.chain import (
+    AffineChain,
+    Optimum,
+    Quadratic,
+    controlled,
+    gaussian_data_chain,
+    objective,
+    optimum,
+    quadratic,
+)
 from ddpo.control.grid_chain import GridChain, make_grid
 from ddpo.control.toy_pipeline import from_pixels, toy_pipeline, toy_schedule
 from ddpo.lora import FullConfig
@@ -91,9 +100,7 @@ def toy_problem(
     return ToyProblem(
         mean=randn(dims),
         cov=factor @ factor.T + 0.2 * torch.eye(dims, dtype=torch.float64),
-        reward=Quadratic(
-            P=P if kind == "quadratic" else torch.zeros_like(P), q=randn(dims), c=torch.zeros((), dtype=torch.float64)
-        ),
+        reward=quadratic(P if kind == "quadratic" else torch.zeros_like(P), randn(dims)),
         alpha=alpha,
         sampler=sampler or SamplerConfig(num_steps=10, guidance_scale=1.0),
     )
@@ -156,11 +163,7 @@ def mixture_problem(*, alpha: float = 0.5, num_steps: int = 10) -> MixtureProble
         weights=torch.tensor([0.7, 0.3], dtype=torch.float64),
         means=torch.tensor([-1.0, 1.2], dtype=torch.float64),
         stds=torch.tensor([0.4, 0.3], dtype=torch.float64),
-        reward=Quadratic(
-            P=torch.tensor([[0.5]], dtype=torch.float64),
-            q=torch.tensor([0.6], dtype=torch.float64),
-            c=torch.zeros((), dtype=torch.float64),
-        ),
+        reward=quadratic(torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)),
         alpha=alpha,
         sampler=SamplerConfig(num_steps=num_steps, guidance_scale=1.0),
     )

@@ -43,39 +43,12 @@ OUTPUT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 
 PIXEL_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
-def check(
-    model: str | Path,
-    *,
-    sampler_kind: SamplerKind | None,
-    num_steps: int,
-    guidance_scale: float,
-    precision: Precision,
-    height: int | None = None,
-    width: int | None = None,
-) -> int:
-    """Checks a model and prints the table.
-
-    Args:
-        model: Folder or hub id of a pipeline, or `shapes`.
-        sampler_kind: A stochastic sampler; None takes the one that fits the model.
-        num_steps: Denoising steps.
-        guidance_scale: Guidance as the pipeline defines it.
-        precision: Of the network.
-        height: Of the images in pixels; None takes the pipeline's own.
-        width: The same.
+def check(subject: "Subject") -> int:
+    """Runs all checks of a pipeline and prints the table.
 
     Returns:
         0 if all passed, else 1.
-
-    Raises:
-        UntraceableError: The pipeline cannot be a policy; the message says why.
-        ValueError: Its scheduler or the sampler does not fit.
-        FileNotFoundError: There is no such model.
     """
-    subject = load_subject(
-        model, sampler_kind=sampler_kind, num_steps=num_steps, guidance_scale=guidance_scale, precision=precision,
-        height=height, width=width,
-    )  # fmt: skip
     rows = run_with_bar([*pipeline_checks(subject), *likelihood_checks(subject)])
     print(table(rows))  # noqa: T201
     return 0 if all(row.measurement.passed for row in rows) else 1
@@ -91,7 +64,22 @@ def load_subject(
     height: int | None = None,
     width: int | None = None,
 ) -> "Subject":
-    """Loads a model to be checked, with arguments as of `check`, and prints how it is sampled."""
+    """Loads a model to be checked, and prints how it is sampled.
+
+    Args:
+        model: Folder or hub id of a pipeline, or `shapes`.
+        sampler_kind: A stochastic sampler; None takes the one that fits the model.
+        num_steps: Denoising steps.
+        guidance_scale: Guidance as the pipeline defines it.
+        precision: Of the network.
+        height: Of the images in pixels; None takes the pipeline's own.
+        width: The same.
+
+    Raises:
+        UntraceableError: The pipeline cannot be a policy; the message says why.
+        ValueError: Its scheduler or the sampler does not fit.
+        FileNotFoundError: There is no such model.
+    """
     pipeline = load_pipeline(model, dtype=DTYPES[precision])
     fitting = default_sampler(pipeline.scheduler, num_steps=num_steps, guidance_scale=guidance_scale, kind=sampler_kind)
     sampler = replace(fitting, height=height, width=width)
