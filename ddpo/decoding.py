@@ -5,6 +5,7 @@ latents: what remains is what the pipeline does after its loop. `__call__` is on
 undecorated function carries gradients.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -47,6 +48,12 @@ class Decoder:
         self._device = device
         self._offload = offload
         self._encoded: dict[int, object] = {}
+
+    def with_call(self, call: PipelineCall) -> "Decoder":
+        """The same for another way to call the pipeline, such as at another size."""
+        other = copy.copy(self)
+        other._call, other._encoded = call, {}
+        return other
 
     def __call__(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
         """Images of final latents.

@@ -6,6 +6,7 @@ where (x0_hat, eps_hat) is what the denoiser predicts after classifier-free guid
 schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,8 +24,7 @@ from ddpo.gaussian import Gaussian
 from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
-from ddpo.prediction import predict
-from ddpo.samplers import SamplerConfig, default_sampler, make_schedule
+from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, find_denoiser, trace
 from ddpo.trajectory import Condition
@@ -39,7 +39,7 @@ class Policy:
     Attributes:
         pipeline: The stock pipeline; its scheduler is the one that the schedule was read from.
         sampler: How it is sampled.
-        schedule: Coefficients of the chain, float32 on the device.
+        schedule: Coefficients of the chain in the present epoch, float32 on the device.
         latent_shape: Shape of one sample's latents.
         name: The denoiser's component name, `unet` or `transformer`.
         call: How the pipeline is called.
@@ -48,6 +48,7 @@ class Policy:
     """
 
     schedule: Schedule
+    _noisy: Schedule
     _ode: Schedule
 
     def __init__(
@@ -71,7 +72,7 @@ class Policy:
             precision: Of the network. LoRA weights stay float32.
             device: Where to run.
             offload: Keep text encoders and VAE on the CPU when they are not in use.
-            seed: Of the adapter's initialisation.
+            seed: Of the adapter's initialisation, and of the stochastic steps before `begin_epoch`.
 
         Raises:
             UntraceableError: The pipeline does not fit; the message says why.
@@ -94,6 +95,7 @@ class Policy:
         self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
         self._encoded: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._read_pipeline()
+        self.begin_epoch(0, seed=seed)
         self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
         if adapter is not None:
             lora.attach(module, adapter, seed=seed)
@@ -155,27 +157,19 @@ class Policy:
         """
         rule = self.rule if guided else self.unguided
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
-        return self._gaussian(k, x, rule.combine(negative, positive, self.sampler.guidance_scale))
+        output = rule.combine(negative, positive, self.sampler.guidance_scale)
+        return transition(self.schedule, k, x, output, kind=self._kind)
 
     def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
         """The guided and the unguided distribution from one pass of the network."""
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
         guided = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        return self._gaussian(k, x, guided), self._gaussian(k, x, self.unguided.combine(None, positive, 1.0))
+        alone = self.unguided.combine(None, positive, 1.0)
+        first, second = (transition(self.schedule, k, x, output, kind=self._kind) for output in (guided, alone))
+        return first, second
 
     def _time(self, k: int | Tensor, x: Tensor) -> Tensor:
         return self.schedule.model_time[k].expand(x.shape[0])
-
-    def _gaussian(self, k: int | Tensor, x: Tensor, output: Tensor) -> Gaussian:
-        table = self.schedule
-        shape = (-1, *[1] * (x.ndim - 1))
-
-        def at(values: Tensor) -> Tensor:
-            return values[k].to(x.dtype).reshape(shape)
-
-        prediction = predict(output.to(x.dtype), x, at(table.a), at(table.s), kind=self._kind)
-        x0 = prediction.x0 if table.clip is None else prediction.x0.clamp(-table.clip, table.clip)
-        return Gaussian(mean=at(table.a_next) * x0 + at(table.direction) * prediction.eps, std=at(table.std))
 
     # ---- the trained network ----------------------------------------------------------------------------------------
 
@@ -196,6 +190,40 @@ class Policy:
             yield
         finally:
             self.denoiser.network = network
+
+    def begin_epoch(self, epoch: int, *, seed: int) -> None:
+        """Takes the schedule of an epoch: which steps are stochastic may change (`ddpo.step_selection`).
+
+        Args:
+            epoch: Finished epochs.
+            seed: Of the run.
+        """
+        self.schedule = epoch_schedule(self._noisy, self._ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed)
+
+    def with_sampler(self, sampler: SamplerConfig, *, seed: int = 0) -> "Policy":
+        """The same weights and network, sampled otherwise, with the stochastic steps of a first epoch.
+
+        The two policies share the pipeline and all weights; what changes the weights of one changes the other's.
+
+        Args:
+            sampler: How to sample.
+            seed: Of the stochastic steps.
+
+        Raises:
+            ValueError: The sampler does not fit the model.
+        """
+        other = copy.copy(self)
+        other.sampler, other._encoded = sampler, {}
+        if replace(sampler, stochastic_steps=self.sampler.stochastic_steps) != self.sampler:
+            module = self.denoiser.module
+            other.call = read_call(self.pipeline, module, sampler)
+            other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
+            other._decoder = self._decoder.with_call(other.call)
+            with self._decoder.auxiliaries():
+                other._read_pipeline()
+            other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
+        other.begin_epoch(0, seed=seed)
+        return other
 
     @contextmanager
     def noise_free(self) -> Iterator[None]:
@@ -294,7 +322,7 @@ class Policy:
         self._kind = prediction_type(self.pipeline.scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
         times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
-        self.schedule = self._make_schedule(self.sampler, times)
+        self.schedule = self._noisy = self._make_schedule(self.sampler, times)
         self._ode = self._make_schedule(replace(self.sampler, kind="ode"), times)
         self.denoiser.learn_arguments(one, steps[0], three)
         with self.denoiser.autocast():

@@ -9,25 +9,34 @@ A sampler is a rule for std and for the weight of the predicted noise (`directio
 | kind      | std                                       | rule  | source                                           |
 |-----------|-------------------------------------------|-------|--------------------------------------------------|
 | ddim      | eta sqrt((s'^2/s^2)(1 - a^2/a'^2))        | exact | Song et al., arXiv:2010.02502, eq. 16            |
+| ddpm      | the same at eta = 1                       | exact | Ho et al., arXiv:2006.11239, eq. 7 and 11        |
 | ode       | 0                                         | exact | the same at eta = 0; Euler for flow matching     |
 | cps       | s' sin(eta pi/2)                          | exact | Flow-CPS, arXiv:2509.05952                       |
 | flow_sde  | eta sqrt(s/(1-s)) sqrt(s-s')              | euler | Flow-GRPO, arXiv:2505.05470, eq. 9               |
 | dance_sde | eta sqrt(s-s')                            | euler | DanceGRPO, arXiv:2505.07818                      |
+
+Some of the steps may be left to the ODE: see `ddpo.step_selection`. What happens at the singular ends (s = 1, s' = 0)
+and how close each sampler comes to its published formula is in docs/samplers.md.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from ddpo.schedule import Grid, Schedule
-from ddpo.validation import check
+from ddpo.gaussian import Gaussian
+from ddpo.prediction import predict
+from ddpo.schedule import Grid, PredictionType, Schedule
+from ddpo.step_selection import StepSelection, select_steps
+from ddpo.validation import FieldError, check
 
-SamplerKind = Literal["ddim", "ode", "flow_sde", "dance_sde", "cps"]
+SamplerKind = Literal["ddim", "ddpm", "ode", "flow_sde", "dance_sde", "cps"]
+VP_ONLY: tuple[SamplerKind, ...] = ("ddim", "ddpm")
+FLOW_ONLY: tuple[SamplerKind, ...] = ("flow_sde", "dance_sde", "cps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +44,17 @@ class SamplerConfig:
     """How images are sampled.
 
     Attributes:
-        kind: `ddim` for VP models (eta = 1 is DDPM's ancestral sampling); `flow_sde`, `dance_sde`, `cps` for flow
-            matching; `ode` for both, without noise.
+        kind: `ddim` for VP models, `ddpm` (ancestral sampling) for the same at eta 1; `flow_sde`, `dance_sde`, `cps`
+            for flow matching; `ode` for both, without noise.
         num_steps: Denoising steps T.
-        eta: Noise level, 0 for none.
+        eta: Noise level, 0 for none; 1 with `ddpm`.
         guidance_scale: Classifier-free guidance; 1 for none.
         height: Image height in pixels; None takes the pipeline's own.
         width: Image width in pixels; None takes the pipeline's own.
         num_frames: Frames of a video pipeline; None takes the pipeline's own.
         guidance_rescale: How far guided outputs are brought back to the spread of the conditional ones, in [0, 1]
             (Lin et al., arXiv:2305.08891, section 3.4), for pipelines that offer it (Stable Diffusion, SDXL).
+        stochastic_steps: Which steps have noise and are trained; the others follow the ODE.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -57,15 +67,37 @@ class SamplerConfig:
     width: int | None = None
     num_frames: int | None = None
     guidance_rescale: float = 0.0
+    stochastic_steps: StepSelection = field(default_factory=StepSelection)
 
     def __post_init__(self) -> None:
         check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
         check(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
+        check(
+            self.kind != "ddpm" or self.eta == 1, "eta", self.eta, "1 with kind: ddpm (for less noise use kind: ddim)"
+        )
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         for name, pixels in (("height", self.height), ("width", self.width)):
             check(pixels is None or pixels >= 8, name, pixels, "at least 8 pixels or null")
         check(self.num_frames is None or self.num_frames >= 1, "num_frames", self.num_frames, "at least 1 or null")
         check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "in [0, 1]")
+        try:
+            _ = self.max_stochastic_steps
+        except FieldError as error:
+            name = f"stochastic_steps.{error.field}"
+            raise FieldError(name, error.value, f"{error.expected} (of num_steps {self.num_steps})") from error
+
+    @property
+    def is_noise_free(self) -> bool:
+        """Whether no step has noise."""
+        return self.kind == "ode" or self.eta == 0
+
+    @property
+    def max_stochastic_steps(self) -> int:
+        """How many steps are stochastic, or one more: of `ddim`, the last step may turn out to have no noise."""
+        if self.is_noise_free:
+            return 0
+        noisy = range(self.num_steps - 1 if self.kind in FLOW_ONLY else self.num_steps)
+        return self.stochastic_steps.count(self.stochastic_steps.candidates(noisy, self.num_steps))
 
 
 def default_sampler(
@@ -92,6 +124,11 @@ def ddim_std(grid: Grid, eta: float) -> Tensor:
     """DDIM's noise level, (T,); eta = 1 is DDPM's ancestral sampling with the small variance."""
     variance = (grid.s_next / grid.s) ** 2 * (1 - (grid.a / grid.a_next) ** 2)
     return eta * variance.clamp(min=0).sqrt()
+
+
+def ddpm_std(grid: Grid, eta: float) -> Tensor:
+    """DDPM's small variance, (T,): that of q(x' | x, x0)."""
+    return ddim_std(grid, 1.0)
 
 
 def cps_std(grid: Grid, eta: float) -> Tensor:
@@ -128,18 +165,18 @@ def euler_direction(grid: Grid, std: Tensor) -> Tensor:
 _Rule = tuple[Callable[[Grid, float], Tensor], Callable[[Grid, Tensor], Tensor]]
 RULES: dict[SamplerKind, _Rule] = {
     "ddim": (ddim_std, exact_direction),
+    "ddpm": (ddpm_std, exact_direction),
     "ode": (ode_std, exact_direction),
     "cps": (cps_std, exact_direction),
     "flow_sde": (flow_sde_std, euler_direction),
     "dance_sde": (dance_sde_std, euler_direction),
 }
-FLOW_ONLY: tuple[SamplerKind, ...] = ("flow_sde", "dance_sde", "cps")
 
 
 def make_schedule(
     config: SamplerConfig, grid: Grid, *, model_time: Tensor, is_flow: bool, clip: float | None
 ) -> Schedule:
-    """The coefficients of every step, in float64.
+    """The coefficients of every step, in float64, with noise wherever the sampler has any.
 
     Args:
         config: Sampler and noise level.
@@ -151,7 +188,7 @@ def make_schedule(
     Raises:
         ValueError: The sampler does not fit the model family.
     """
-    fitting = ("ode", *FLOW_ONLY) if is_flow else ("ddim", "ode")
+    fitting = ("ode", *FLOW_ONLY) if is_flow else (*VP_ONLY, "ode")
     if config.kind not in fitting:
         family = "flow-matching" if is_flow else "VP"
         raise ValueError(f"sampler.kind {config.kind!r} does not fit a {family} model; use one of {', '.join(fitting)}")
@@ -169,3 +206,53 @@ def make_schedule(
         stochastic=std > 0,
         clip=clip,
     )
+
+
+def epoch_schedule(noisy: Schedule, ode: Schedule, selection: StepSelection, *, epoch: int, seed: int) -> Schedule:
+    """The schedule of an epoch: noise at the selected steps, the ODE at the others.
+
+    Args:
+        noisy: With noise wherever the sampler has any.
+        ode: The same chain without noise.
+        selection: Which steps are to be stochastic.
+        epoch: Finished epochs.
+        seed: Of the run.
+
+    Raises:
+        ValueError: There are fewer noisy steps than are to be selected.
+    """
+    steps = noisy.stochastic_steps
+    if not steps or selection == StepSelection():
+        return noisy
+    try:
+        chosen = select_steps(selection, steps, num_steps=noisy.num_steps, epoch=epoch, seed=seed)
+    except FieldError as error:
+        raise ValueError(f"sampler.stochastic_steps.{error} (steps {steps[0]} to {steps[-1]} have noise)") from error
+    stochastic = torch.zeros_like(noisy.stochastic)
+    stochastic[list(chosen)] = True
+    return replace(
+        noisy,
+        std=torch.where(stochastic, noisy.std, ode.std),
+        direction=torch.where(stochastic, noisy.direction, ode.direction),
+        stochastic=stochastic,
+    )
+
+
+def transition(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *, kind: PredictionType) -> Gaussian:
+    """The distribution of the next latents, from what the denoiser returned.
+
+    Args:
+        schedule: Coefficients of the chain.
+        k: Step index, an int or (B,) int64.
+        x: Latents, (B, *latent); the result has their precision.
+        output: The denoiser's output after guidance, (B, *latent).
+        kind: What the output is.
+    """
+    shape = (-1, *[1] * (x.ndim - 1))
+
+    def at(values: Tensor) -> Tensor:
+        return values[k].to(x.dtype).reshape(shape)
+
+    prediction = predict(output.to(x.dtype), x, at(schedule.a), at(schedule.s), kind=kind)
+    x0 = prediction.x0 if schedule.clip is None else prediction.x0.clamp(-schedule.clip, schedule.clip)
+    return Gaussian(mean=at(schedule.a_next) * x0 + at(schedule.direction) * prediction.eps, std=at(schedule.std))

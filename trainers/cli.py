@@ -156,6 +156,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
         num_images=options.num_images,
         output=options.output,
         checkpoint=options.checkpoint,
+        sampler=options.sampler,
     )
     print(picture)
 
@@ -279,11 +280,24 @@ def _command(
     return parser
 
 
+_SAMPLE_EPILOG = """\
+The sampler is the evaluation's (evaluation.sampler: steps, size, guidance, noise), so that a prompt of the evaluation
+set has the same pictures, bit for bit, as in the evaluation at that checkpoint; --sampler rollout takes training's.
+"""
+
+
 def _add_sample(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "sample", _sample, "pictures of the pretrained and the tuned pipeline, side by side")
+    about = "pictures of the pretrained and the tuned pipeline, side by side"
+    parser = _command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several")
-    parser.add_argument("--seed", type=int, default=0, help="noise seed (default 0)")
+    parser.add_argument("--seed", type=int, help="noise seed (default: the evaluation's)")
+    parser.add_argument(
+        "--sampler",
+        choices=("evaluation", "rollout"),
+        default="evaluation",
+        help="sample as evaluations do (default) or as training does",
+    )
     parser.add_argument("--num-images", type=_positive, default=4, help="images per prompt (default 4)")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/samples)")
     parser.add_argument("--checkpoint", help="name of a checkpoint (default: the newest)")
@@ -342,7 +356,9 @@ Exit status 1 when a measurement is outside its tolerance, 2 with the reason whe
 def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "check", _check, "whether a pipeline can be trained: the table", epilog=_CHECK_EPILOG)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or shapes")
-    parser.add_argument("--sampler", choices=("ddim", "flow_sde", "dance_sde", "cps"), help="default: what fits")
+    parser.add_argument(
+        "--sampler", choices=("ddim", "ddpm", "flow_sde", "dance_sde", "cps"), help="default: what fits"
+    )
     parser.add_argument("--num-steps", type=_positive, default=10, help="denoising steps (default 10)")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="as the pipeline defines it (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")

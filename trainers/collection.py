@@ -59,6 +59,7 @@ def collect(
         RewardError: A reward failed; the message names it, the prompt and the sample.
     """
     config = state.config
+    state.policy.begin_epoch(state.epoch, seed=config.seed)
     penalised = state.alpha > 0
     guided = config.objective.train_guidance == "same"
     drawn = [prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size)]

@@ -15,9 +15,10 @@ from ddpo.advantages import AdvantageConfig
 from ddpo.kl import AdaptiveKL, FixedKL
 from ddpo.lora import FullConfig, LoraConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
-from ddpo.samplers import SamplerConfig
-from ddpo.validation import check
+from ddpo.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
+from ddpo.validation import FieldError, check
 from rewards.combine import RewardTerm
+from trainers.evaluation_sampler import EvaluationSampler
 from trainers.prompts import PromptConfig
 
 
@@ -134,7 +135,8 @@ class EvaluationConfig:
         num_prompts: Prompts, the same in every evaluation.
         images_per_prompt: Images per prompt; at least 2 for diversity.
         seed: Seed of the evaluation noise.
-        ode: Also evaluate noise-free (ODE) sampling.
+        ode: Also evaluate the ODE of the same schedule, where the evaluation's sampler is not noise-free already.
+        sampler: How evaluations and `ddpo sample` sample, where it differs from training; null for no difference.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -145,6 +147,7 @@ class EvaluationConfig:
     images_per_prompt: int = 4
     seed: int = 1234
     ode: bool = True
+    sampler: EvaluationSampler | None = None
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "seed"):
@@ -284,6 +287,7 @@ class Config:
             check(len(set(names)) == len(names), name, names, "a list that names each reward once")
         self._check_noise()
         self._check_groups()
+        self._check_evaluation()
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""
@@ -297,6 +301,21 @@ class Config:
         cure = "at least 2 with advantages.baseline: group (or choose baseline: prompt or batch)"
         check(not alone, "batch.group_size", group, cure)
         check(samples >= 2, "batch.samples_per_epoch", samples, "at least 2 (an advantage compares samples)")
+
+    def _check_evaluation(self) -> None:
+        """The evaluation's sampler must be possible, and of the same model family as training's."""
+        try:
+            kind = self.evaluation_sampler.kind
+        except FieldError as error:
+            raise FieldError(f"evaluation.sampler.{error.field}", error.value, error.expected) from error
+        family = FLOW_ONLY if self.sampler.kind in FLOW_ONLY else VP_ONLY
+        fitting = f"{', '.join(family)} or ode, as sampler.kind is {self.sampler.kind}"
+        check(kind in (*family, "ode"), "evaluation.sampler.kind", kind, fitting)
+
+    @property
+    def evaluation_sampler(self) -> SamplerConfig:
+        """The sampler of evaluations and of `ddpo sample`, with training's keys filled in."""
+        return (self.evaluation.sampler or EvaluationSampler()).resolve(self.sampler)
 
     @property
     def learning_rate(self) -> float:

@@ -50,6 +50,9 @@ def _group(group: object, prefix: str, union: dataclasses.Field | None, width: i
         only_kind = field.name == "kind" and len(words(fields_of(group)["kind"])) == 1
         if not only_kind:
             lines.append(_key(group, field, f"{prefix}.", width))
+            nested = plain(fields_of(group)[field.name])
+            if fields_of(nested):
+                lines.append(_group(nested, f"{prefix}.{field.name}", None, width))
     return "\n".join(lines)
 
 
@@ -57,6 +60,7 @@ def _key(group: object, field: dataclasses.Field, prefix: str, width: int) -> st
     hint = fields_of(group)[field.name]
     default = default_of(field)
     value = "required" if default is dataclasses.MISSING else f"default {_plain_default(default)}"
+    value = "below" if default is not None and fields_of(type(default)) else value
     head = f"  --{prefix}{field.name} {_type(hint)}  ({value})"
     text = documented(group).get(field.name, "")
     return head + "\n" + textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -76,5 +80,5 @@ def _type(hint: object) -> str:
     if element_of(inner) is not object:
         return f"[{_type(element_of(inner))}, ...]{optional}"
     if fields_of(inner):
-        return "{" + ", ".join(fields_of(inner)) + "}" + optional
+        return "group" + optional
     return _NAMES.get(inner, "mapping") + optional

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpo import Policy, rollout, sample_seeds
+from ddpo import Policy, Trajectory, rollout, sample_seeds
 from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
-from trainers.processes import Processes
+from trainers.processes import Processes, share_of
 from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
 from trainers.scoring import fail_together
@@ -49,9 +49,9 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)`, `diversity` (per
-            prompt, repeated), the same noise-free under `ode/...`; each (E,) float32.
-        images: The images with noise, (E, 3, H, W) uint8.
+        values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)` (where sampling has
+            noise), `diversity` (per prompt, repeated), the same noise-free under `ode/...`; each (E,) float32.
+        images: The images, by the evaluation's sampler, (E, 3, H, W) uint8.
         prompts: E texts.
     """
 
@@ -116,9 +116,25 @@ class Evaluator:
         chosen = [prompts[i * len(prompts) // count] for i in range(count)]
         self.prompts = [prompt for prompt in chosen for _ in range(config.images_per_prompt)]
         self._config = config
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._processes = processes
         self._progress = progress
+
+    def batches(self, rank: int, count: int) -> list[range]:
+        """The images of each denoiser batch of one of `count` processes."""
+        own = share_of(len(self.prompts), rank=rank, count=count)
+        return [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
+
+    def seeds(self, indices: Sequence[int]) -> Tensor:
+        """Seeds of the given images, (len(indices),) int64."""
+        return torch.cat([sample_seeds(self._config.seed, 0, range(i, i + 1)) for i in indices])
+
+    def places(self, texts: Sequence[str], num_images: int) -> list[tuple[str, int]]:
+        """Text and index of images of some prompts: where the evaluation has them, else behind the evaluation's."""
+        group = self._config.images_per_prompt
+        known = list(self.texts[::group])
+        known += [text for text in dict.fromkeys(texts) if text not in known]
+        return [(text, known.index(text) * group + i) for text in texts for i in range(num_images)]
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -129,7 +145,7 @@ class Evaluator:
         """Samples and measures.
 
         Args:
-            policy: At the weights to be measured.
+            policy: At the weights to be measured, with the evaluation's sampler.
             reward: What is optimised; reported with its present scales.
             heldout: What is only measured; None for nothing.
 
@@ -140,7 +156,7 @@ class Evaluator:
             RewardError: A reward failed on some process; raised on all.
         """
         values, images = self._measure(policy, reward, heldout, ode=False)
-        if self._config.ode:
+        if self._config.ode and policy.schedule.stochastic_steps:
             noise_free, _ = self._measure(policy, reward, heldout, ode=True)
             values |= {f"ode/{name}": value for name, value in noise_free.items()}
         return Evaluation(values=values, images=images, prompts=self.texts)
@@ -148,14 +164,12 @@ class Evaluator:
     def _measure(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        own = self._processes.share(len(self.prompts))
-        starts = range(own.start, own.stop, self._batch_size)
+        own = self.batches(self._processes.rank, self._processes.count)
         label = "evaluating (ODE)" if ode else "evaluating"
         parts: list[dict[str, Tensor]] = []
         failure = None
         try:
-            for start in self._progress.track(starts, label):
-                indices = range(start, min(start + self._batch_size, own.stop))
+            for indices in self._progress.track(own, label):
                 parts.append(self._batch(policy, reward, heldout, indices, ode=ode))
         except RewardError as error:
             failure = error
@@ -171,12 +185,11 @@ class Evaluator:
     def _batch(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
     ) -> dict[str, Tensor]:
-        batch = [self.prompts[i] for i in indices]
-        condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
-        seeds = sample_seeds(self._config.seed, 0, indices)
         with policy.noise_free() if ode else nullcontext():
-            trajectory = rollout(policy, condition, seeds, with_kl=not ode)
+            with_kl = bool(policy.schedule.stochastic_steps)
+            trajectory = sample_images(policy, [self.prompts[i] for i in indices], self.seeds(indices), with_kl=with_kl)
             images = policy.decode(trajectory.final)
+        condition = trajectory.condition
         scores = reward(images, condition.prompts, condition.metadata)
         values = {"reward": scores.total, **scores.components}
         if heldout is not None:
@@ -188,6 +201,21 @@ class Evaluator:
             **{name: v.float() for name, v in values.items()},
             _IMAGES: (images * 255).round().to(torch.uint8).cpu(),
         }
+
+
+def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, with_kl: bool = False) -> Trajectory:
+    """Samples one batch. Prompts are encoded one by one, so that an image does not depend on the batches before it.
+
+    Args:
+        policy: What to sample from.
+        prompts: B of them.
+        seeds: (B,) int64.
+        with_kl: Whether to measure the KL to the pretrained model.
+    """
+    condition = policy.encode(
+        [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts], chunk_size=1
+    )
+    return rollout(policy, condition, seeds, with_kl=with_kl)
 
 
 def diversity(images: Tensor, images_per_prompt: int) -> Tensor:

@@ -2,47 +2,57 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ddpo import Policy, rollout, sample_seeds
+from ddpo import Policy
 from rewards import RewardError, WeightedSum
-from trainers.checkpoint import load_checkpoint
+from trainers.checkpoint import Tensors, Values, load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
-from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts
+from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts, sample_images
 from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
-from trainers.prompts import PromptStream
+from trainers.prompts import Prompt, PromptStream
 from trainers.report import write_comparison
 from trainers.run import RunFolder
 from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
+
+SamplerChoice = Literal["evaluation", "rollout"]
+Contents = tuple[Tensors, Values]
 
 
 def sample_run(
     run: Path,
     *,
     prompts: list[str],
-    seed: int = 0,
+    seed: int | None = None,
     num_images: int = 4,
     output: Path | None = None,
     checkpoint: str | None = None,
+    sampler: SamplerChoice = "evaluation",
 ) -> Path:
-    """Images of new prompts by the pretrained and the fine-tuned model, from the same seeds.
+    """Images of prompts by the pretrained and the fine-tuned model, from the same seeds.
+
+    With the defaults, a prompt of the evaluation set has the very pictures that the evaluation at this checkpoint made.
 
     Args:
         run: The run folder.
         prompts: At least one text.
-        seed: Of the noise.
+        seed: Of the noise; None for the evaluation's.
         num_images: Images per prompt.
         output: Folder to write to; None for `<run>/samples`.
         checkpoint: Name of a checkpoint folder; None takes the newest.
+        sampler: Whose sampler to use, the evaluation's or training's (`rollout`).
 
     Returns:
         The picture with both side by side; the fine-tuned model's plain images lie beside it.
@@ -50,15 +60,20 @@ def sample_run(
     folder = RunFolder.open(run)
     config = load_config(folder.path / "config.yaml")
     processes = Processes(device=config.model.device)
-    state = load_state(folder, config, processes, checkpoint=checkpoint)
-    texts = [prompt for prompt in prompts for _ in range(num_images)]
-    output = output or folder.path / "samples"
+    contents = load_checkpoint(checkpoint_to_resume(folder, checkpoint))
+    state = load_state(config, processes, contents)
+    chosen = config.evaluation_sampler if sampler == "evaluation" else config.sampler
+    policy = state.policy.with_sampler(chosen, seed=config.seed)
+    evaluator = make_evaluator(config, processes, seed=seed)
+    wanted = evaluator.places(prompts, num_images)
     with state.ema.applied():
         before, after = (
-            _images(state.policy, texts, seed=seed, batch_size=config.batch.sample_batch_size, mode=mode)
-            for mode in (state.policy.reference(), nullcontext())
+            _images(policy, evaluator, wanted, num_processes=num_processes_of(contents), mode=mode)
+            for mode in (policy.reference(), nullcontext())
         )
+    texts = [text for text, _ in wanted]
     old, new = _scores(state.reward, before, texts), _scores(state.reward, after, texts)
+    output = output or folder.path / "samples"
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(after):
         to_pil(image).save(output / f"{i:03d}.png")
@@ -81,21 +96,16 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
     folder = RunFolder.open(run)
     config = load_config(folder.path / "config.yaml")
     processes = Processes(device=config.model.device)
-    state = load_state(folder, config, processes, checkpoint=checkpoint)
+    state = load_state(config, processes, load_checkpoint(checkpoint_to_resume(folder, checkpoint)))
     heldout = load_heldout(config, str(processes.device))
-    evaluator = Evaluator(
-        config.evaluation,
-        evaluation_prompts(config),
-        batch_size=config.batch.sample_batch_size,
-        processes=processes,
-        progress=Progress(enabled=processes.is_main),
-    )
+    evaluator = make_evaluator(config, processes)
+    policy = state.policy.with_sampler(config.evaluation_sampler, seed=config.seed)
 
     def evaluate(mode: AbstractContextManager[None]) -> Evaluation:
         with mode:
-            return evaluator(state.policy, state.reward, heldout)
+            return evaluator(policy, state.reward, heldout)
 
-    before = evaluate(state.policy.reference())
+    before = evaluate(policy.reference())
     after = evaluate(state.ema.applied())
     output = output or folder.path / f"evaluation_epoch_{state.epoch:06d}"
     if processes.is_main:
@@ -104,19 +114,41 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
     return output
 
 
-def load_state(folder: RunFolder, config: Config, processes: Processes, *, checkpoint: str | None) -> TrainState:
+def load_state(config: Config, processes: Processes, contents: Contents) -> TrainState:
     """The state of a run at a checkpoint.
 
+    Args:
+        config: The run's.
+        processes: Where it is loaded to.
+        contents: Of the checkpoint.
+
     Raises:
-        CheckpointError: The run has none, or it is damaged.
+        CheckpointError: It holds other weights than the configuration trains.
     """
-    contents = load_checkpoint(checkpoint_to_resume(folder, checkpoint))
     reward = WeightedSum(config.rewards, device=processes.device)
     policy = load_policy(config, str(processes.device))
     unused = PromptStream(evaluation_prompts(config), seed=config.seed, shuffle=False)
     state = TrainState.start(config, policy, reward, unused)
     state.load(*contents, processes)
     return state
+
+
+def num_processes_of(contents: Contents) -> int:
+    """How many processes wrote a checkpoint: each left its random state."""
+    random = contents[1]["rng"]
+    assert isinstance(random, dict)
+    return len(random)
+
+
+def make_evaluator(config: Config, processes: Processes, *, seed: int | None = None) -> Evaluator:
+    """The evaluation set of a run, with another noise seed if one is given."""
+    return Evaluator(
+        config.evaluation if seed is None else replace(config.evaluation, seed=seed),
+        evaluation_prompts(config),
+        batch_size=config.batch.sample_batch_size,
+        processes=processes,
+        progress=Progress(enabled=processes.is_main),
+    )
 
 
 def _scores(reward: WeightedSum, images: Tensor, texts: list[str]) -> list[float]:
@@ -129,12 +161,33 @@ def _scores(reward: WeightedSum, images: Tensor, texts: list[str]) -> list[float
 
 
 def _images(
-    policy: Policy, texts: list[str], *, seed: int, batch_size: int, mode: AbstractContextManager[None]
+    policy: Policy,
+    evaluator: Evaluator,
+    wanted: Sequence[tuple[str, int]],
+    *,
+    num_processes: int,
+    mode: AbstractContextManager[None],
 ) -> Tensor:
-    parts = []
+    """The images of texts at places, (len(wanted), 3, H, W) on the CPU.
+
+    Those of the evaluation set are made in the evaluation's own batches, since the size of a batch moves a network's
+    output by a rounding error, which could show in the pixels.
+    """
+    batches = [
+        [(evaluator.texts[i], i) for i in indices]
+        for rank in range(num_processes)
+        for indices in evaluator.batches(rank, num_processes)
+    ]
+    evaluated = {entry for batch in batches for entry in batch}
+    others = [entry for entry in dict.fromkeys(wanted) if entry not in evaluated]
+    size = evaluator.batch_size
+    batches += [others[start : start + size] for start in range(0, len(others), size)]
+    made: dict[tuple[str, int], Tensor] = {}
     with mode:
-        for start in range(0, len(texts), batch_size):
-            indices = range(start, min(start + batch_size, len(texts)))
-            condition = policy.encode([texts[i] for i in indices])
-            parts.append(policy.decode(rollout(policy, condition, sample_seeds(seed, 0, indices)).final))
-    return torch.cat(parts)
+        for batch in batches:
+            if not set(batch) & set(wanted):
+                continue
+            prompts = [Prompt(text=text) for text, _ in batch]
+            trajectory = sample_images(policy, prompts, evaluator.seeds([place for _, place in batch]))
+            made.update(zip(batch, policy.decode(trajectory.final).cpu(), strict=True))
+    return torch.stack([made[entry] for entry in wanted])

@@ -184,7 +184,7 @@ def _evaluate(session: Session, folder: Path) -> None:
     """Evaluates the (averaged) weights, logs and saves the result."""
     state = session.state
     with state.ema.applied():
-        result = session.evaluator(state.policy, state.reward, session.heldout)
+        result = session.evaluator(session.evaluated, state.reward, session.heldout)
     if session.processes.is_main:
         summary = result.summary()
         result.save(folder, f"epoch_{state.epoch:06d}")

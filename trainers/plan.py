@@ -118,8 +118,8 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
     Args:
         config: The run.
         num_processes: Processes that share each epoch.
-        num_stochastic: Steps with noise, known once the schedule is; before, `config.sampler.num_steps` is an upper
-            bound (DDIM's last step may have none).
+        num_stochastic: Steps with noise, the same number in every epoch, known once the schedule is; before,
+            `config.sampler.max_stochastic_steps` is an upper bound (DDIM's last step may have none).
 
     Raises:
         PlanError: a number does not divide; the message names the nearest possible values.

@@ -11,7 +11,7 @@ from trainers.prompts import load_prompts
 
 
 def preflight(config: Config, *, num_processes: int) -> BatchPlan:
-    """Checks what a run will need and plans it, taking every denoising step as stochastic.
+    """Checks what a run will need and plans it, with as many stochastic steps as the sampler can have.
 
     Raises:
         ValueError: what is missing, where it was looked for, and the cure.
@@ -23,7 +23,7 @@ def preflight(config: Config, *, num_processes: int) -> BatchPlan:
     load_prompts(config.prompts)
     if config.evaluation.prompts is not None:
         load_prompts(config.evaluation.prompts)
-    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.num_steps)
+    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
 
 
 def check_model(config: Config) -> None:

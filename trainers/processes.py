@@ -39,7 +39,7 @@ class Processes:
 
     def share(self, total: int) -> range:
         """This process's contiguous part of `total` items."""
-        return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+        return share_of(total, rank=self.rank, count=self.count)
 
     def prepare(self, network: nn.Module) -> nn.Module:
         """The network whose gradients are averaged over all processes in the backward pass."""
@@ -75,3 +75,8 @@ class Processes:
     def wait(self) -> None:
         """Returns once every process is here."""
         self._accelerator.wait_for_everyone()
+
+
+def share_of(total: int, *, rank: int, count: int) -> range:
+    """The contiguous part of `total` items that falls to one of `count` processes."""
+    return range(total * rank // count, total * (rank + 1) // count)

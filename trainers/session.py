@@ -31,6 +31,7 @@ class Session:
         processes: Who shares the run.
         progress: Bars.
         evaluator: The fixed evaluation set.
+        evaluated: The policy as evaluations sample from it; its weights are the state's.
         heldout: Rewards that are only measured; None for none.
         tracker: Where metrics go besides the run folder.
     """
@@ -41,6 +42,7 @@ class Session:
     processes: Processes
     progress: Progress
     evaluator: Evaluator
+    evaluated: Policy
     heldout: WeightedSum | None
     tracker: Tracker
 
@@ -118,6 +120,7 @@ def make_session(
             processes=processes,
             progress=progress,
         ),
+        evaluated=policy.with_sampler(config.evaluation_sampler, seed=config.seed),
         heldout=heldout,
         tracker=open_trackers(
             config.tracking.trackers,

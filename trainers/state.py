@@ -14,6 +14,7 @@ from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
 from trainers.ema import Ema
+from trainers.evaluation_sampler import write_samplers
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
 from trainers.rng import rng_state, set_rng_state
@@ -97,9 +98,10 @@ class TrainState:
         processes.wait()
 
     def export(self, folder: Path) -> None:
-        """Writes the weights to use (averaged, if they are) for `pipeline.load_lora_weights(folder)`."""
+        """Writes the weights (averaged, if they are) for `pipeline.load_lora_weights(folder)`, and both samplers."""
         with self.ema.applied():
             self.policy.save(folder)
+        write_samplers(folder, rollout=self.config.sampler, evaluation=self.config.evaluation_sampler)
 
     def load(
         self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], processes: Processes

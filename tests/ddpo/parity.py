@@ -5,13 +5,11 @@ that unit noise makes. Ours is the policy's own arithmetic, in float64 and in th
 """
 
 from itertools import product
-from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler
 
-from ddpo.policy import Policy
-from ddpo.samplers import SamplerConfig, make_schedule
+from ddpo.samplers import SamplerConfig, make_schedule, transition
 from ddpo.schedule import clip_range, noise_grid, prediction_type, training_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -47,8 +45,7 @@ def policy_step(scheduler, eta, dtype):
         is_flow=False,
         clip=clip_range(source),
     ).to("cpu", dtype)
-    policy = SimpleNamespace(schedule=schedule, _kind=prediction_type(source))
-    return schedule, lambda k, x, output: Policy._gaussian(policy, k, x, output)
+    return schedule, lambda k, x, output: transition(schedule, k, x, output, kind=prediction_type(source))
 
 
 def oracle_step(scheduler, t, x, output, eta):

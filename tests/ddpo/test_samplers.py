@@ -165,7 +165,7 @@ def test_ode_ignores_eta_and_equals_ddim_without_noise():
 def test_a_sampler_of_the_other_family_is_refused_with_the_ones_that_fit():
     with pytest.raises(ValueError, match="'ddim' does not fit a flow-matching model; use one of ode, flow_sde"):
         flow_schedule("ddim", 1.0)
-    with pytest.raises(ValueError, match="'flow_sde' does not fit a VP model; use one of ddim, ode"):
+    with pytest.raises(ValueError, match="'flow_sde' does not fit a VP model; use one of ddim, ddpm, ode"):
         vp_schedule(1.0, kind="flow_sde")
 
 

@@ -108,6 +108,7 @@ def test_sample_evaluate_and_dashboard_pass_their_options(calls, capsys):
     assert main(["evaluate", "r", "--checkpoint", "epoch-10", "--output", "o"]) == 0
     assert main(["dashboard", "--port", "7", "--no-browser"]) == 0
     keys = {"prompts": ["a", "b"], "seed": 3, "num_images": 2, "output": None, "checkpoint": None}
+    keys["sampler"] = "evaluation"
     assert calls == [
         ("sample_run", (Path("r"),), keys),
         ("evaluate_run", (Path("r"),), {"checkpoint": "epoch-10", "output": Path("o")}),
