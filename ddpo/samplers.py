@@ -49,8 +49,8 @@ class SamplerConfig:
         num_steps: Denoising steps T.
         eta: Noise level, 0 for none; 1 with `ddpm`.
         guidance_scale: Classifier-free guidance; 1 for none.
-        height: Image height in pixels; None takes the pipeline's own.
-        width: Image width in pixels; None takes the pipeline's own.
+        height: Image height in pixels, given with the width; None takes the pipeline's own.
+        width: Image width in pixels, given with the height; None takes the pipeline's own.
         num_frames: Frames of a video pipeline; None takes the pipeline's own.
         guidance_rescale: How far guided outputs are brought back to the spread of the conditional ones, in [0, 1]
             (Lin et al., arXiv:2305.08891, section 3.4), for pipelines that offer it (Stable Diffusion, SDXL).
@@ -78,6 +78,8 @@ class SamplerConfig:
         check(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "at least 0")
         for name, pixels in (("height", self.height), ("width", self.width)):
             check(pixels is None or pixels >= 8, name, pixels, "at least 8 pixels or null")
+        together = "given together with height: pipelines ignore one without the other"
+        check((self.height is None) == (self.width is None), "width", self.width, together)
         check(self.num_frames is None or self.num_frames >= 1, "num_frames", self.num_frames, "at least 1 or null")
         check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "in [0, 1]")
         try:

@@ -110,7 +110,7 @@ def test_an_unsupported_scheduler_is_refused_with_what_is_supported():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 16}, "sampler.height is 16, but DDPMPipeline takes no height; leave it out"),
+        ({"height": 16, "width": 16}, "sampler.height is 16, but DDPMPipeline takes no height; leave it out"),
         ({"guidance_rescale": 0.5}, "sampler.guidance_rescale is 0.5, but DDPMPipeline takes no guidance_rescale"),
         ({"num_frames": 5}, "sampler.num_frames is 5, but DDPMPipeline takes no num_frames"),
     ],
