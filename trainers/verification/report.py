@@ -35,7 +35,7 @@ SECTIONS = {
     "2. Merton's portfolio": ("merton",),
     "3. Finite decision processes": ("tabular",),
     "4. Sampling as control": ("diffusion", "soft_value", "double_well", "score_matching", "soc"),
-    "5. The exact chain": ("chain",),
+    "5. The exact chain": ("samplers", "chain"),
     "6. The gradient": ("gradient",),
     "7. The trainer against the optimum": ("trainer",),
     "8. Your model": ("policy",),

@@ -23,6 +23,7 @@ MODULES = (
     "ddpo.control.checks.soft_value",
     "ddpo.control.checks.score_matching",
     "ddpo.control.checks.soc",
+    "ddpo.control.checks.samplers",
     "ddpo.control.checks.chain",
     "ddpo.control.checks.gradient",
     "trainers.verification.optimum",
