@@ -1,8 +1,8 @@
 """Talks to a reward server within a time limit: every answer is checked, what may pass is tried again.
 
-Tried again, with exponentially growing, jittered pauses, until `max_wait` is over: no connection, no answer in time, an
-answer that is no reply of a reward server (a gateway's error page), a full queue (503), the server's time limit (504).
-Final at once: a wrong token, what the server refuses for its content, a reward that raised, a reply of the right form
+Tried again, with exponentially growing, jittered pauses, for `max_wait` after the first failure: no connection, no
+answer in time, an answer that is no reply of a reward server (a gateway's error page), a full queue (503), the server's
+time limit (504). Final at once: a wrong token, what the server refuses for its content, a reward that raised, a reply of the right form
 whose content is wrong (count, type, not finite), another reward than before. Redirections and proxies are not followed.
 
 Plain `http.client`: one connection a request, nothing to install.
@@ -23,7 +23,7 @@ from rewards.base import RewardError
 from rewards.wire import JSON, WireError, parse_reply
 
 _LOG = logging.getLogger(__name__)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE, _SHORTEST_TRY = 0.5, 30.0, 1.0
 _MAX_REPLY_BYTES = 64 << 20
 _TRANSIENT = {408, 425, 429, 502, 503, 504}
 _CURES = {
@@ -43,7 +43,7 @@ class Patience:
 
     Attributes:
         timeout: seconds for one try.
-        max_wait: seconds for all tries of a request together.
+        max_wait: seconds, from the first failure of a request, for all further tries.
     """
 
     timeout: float
@@ -106,26 +106,26 @@ class Client:
         Raises:
             RewardError: refused for good, or no good answer within `max_wait`.
         """
-        deadline = time.monotonic() + self._patience.max_wait
-        pause = _FIRST_PAUSE
-        tries = 0
+        deadline: float | None = None
+        pause, tries, seconds = _FIRST_PAUSE, 0, self._patience.timeout
         while True:
             tries += 1
-            left = deadline - time.monotonic()
             try:
-                reply = self._try(method, path, body, content_type, max(0.1, min(self._patience.timeout, left)))
+                reply = self._try(method, path, body, content_type, seconds)
                 if accept is not None:
                     accept(reply)
                 return reply
             except Transient as error:
-                left = deadline - time.monotonic()
-                wait = min(pause * random.SystemRandom().uniform(0.5, 1.0), max(left, 0.0))
-                if left <= 0.05:
+                now = time.monotonic()
+                deadline = now + self._patience.max_wait if deadline is None else deadline
+                if now >= deadline:
                     waited = f"{self._patience.max_wait:g} s and {tries} tries"
                     raise RewardError(f"{self._label}: {self.url}: {error}; gave up after {waited}") from error
+                left = deadline - now
                 _LOG.warning("%s: %s: %s; trying again for up to %.0f s", self._label, self.url, error, left)
-                time.sleep(wait)
+                time.sleep(min(pause * random.SystemRandom().uniform(0.5, 1.0), left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
+                seconds = min(self._patience.timeout, max(deadline - time.monotonic(), _SHORTEST_TRY))
 
     def _try(self, method: str, path: str, body: bytes, content_type: str, seconds: float) -> dict[str, object]:
         deadline = time.monotonic() + seconds

@@ -112,9 +112,7 @@ def _source(definition: object) -> bytes:
         return b""
 
 
-def _parts(
-    value: object, path: str, home: str, seen: set[int], depth: int
-) -> Iterator[tuple[str, Tensor | Reward]]:
+def _parts(value: object, path: str, home: str, seen: set[int], depth: int) -> Iterator[tuple[str, Tensor | Reward]]:
     """Tensors and rewards that an object holds, itself excepted, in an order that does not depend on the process."""
     if id(value) in seen or depth > _MAX_DEPTH:
         return

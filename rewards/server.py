@@ -4,9 +4,9 @@
     GET  /health      {"ready", and with the token "rewards", "versions", "limits"}; 503 while a reward hangs
 
 Every request is checked in this order, each answer a structured error: token (401), media type (415), announced and
-actual size (413), time (504, which includes sending the body), format (400), name (404), room in the queue (503). A reward
-that raises is 422 with its message; the server lives on. SIGTERM and SIGINT finish what was accepted, then end with
-status 0. Needs the extra `serve`; imports nothing of diffusion or training.
+actual size (413), time (504, which includes sending the body), format (400), name (404), room in the queue (503). A
+reward that raises is 422 with its message; the server lives on. SIGTERM and SIGINT finish what was accepted, then end
+with status 0. Needs the extra `serve`; imports nothing of diffusion or training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from rewards.base import Reward, RewardError, Scores
 from rewards.batching import Batcher
 from rewards.identity import Identity
 from rewards.optional import require
-from rewards.wire import HEALTH_PATH, JSON, SAFETENSORS, SCORE_PATH, ScoreRequest, WireError, decode_request, encode_reply
+from rewards.wire import (
+    HEALTH_PATH,
+    JSON,
+    SAFETENSORS,
+    SCORE_PATH,
+    ScoreRequest,
+    WireError,
+    decode_request,
+    encode_reply,
+)
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -115,7 +124,8 @@ class RewardService:
 
     def close(self) -> bool:
         """Take no more requests and end the threads; False when a reward hangs."""
-        return all([batcher.close(patience=_CLOSING_SECONDS) for batcher in self._batchers.values()])
+        ended = [batcher.close(patience=_CLOSING_SECONDS) for batcher in self._batchers.values()]
+        return all(ended)
 
     def health(self) -> dict[str, object]:
         """Everything about the server: what it serves, whether a reward hangs, versions, limits."""
@@ -208,7 +218,9 @@ class RewardService:
 
     def _submit(self, wanted: ScoreRequest) -> Future[Scores]:
         if wanted.reward not in self._batchers:
-            raise _Refused(404, "unknown_reward", f"{wanted.reward!r} is not served here; {', '.join(self._batchers)} are")
+            raise _Refused(
+                404, "unknown_reward", f"{wanted.reward!r} is not served here; {', '.join(self._batchers)} are"
+            )
         try:
             return self._batchers[wanted.reward].submit(wanted.images, wanted.prompts, wanted.metadata)
         except RuntimeError as error:

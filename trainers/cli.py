@@ -417,7 +417,10 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--device", default="cpu", help="for rewards with weights, e.g. cuda:1 (default cpu)")
     parser.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="its first line is the token (default: DDPO_REWARD_TOKEN, if set)"
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="its first line is the token (default: DDPO_REWARD_TOKEN, if set)",
     )
     parser.add_argument(
         "--max-batch", type=_positive, default=64, help="images up to which requests are joined; 1: never (default 64)"
@@ -426,7 +429,9 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
         "--max-delay-ms", type=float, default=2.0, help="how long a request waits for others to join (default 2)"
     )
     parser.add_argument("--max-body-mb", type=float, default=64.0, help="largest request (default 64)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds until a request is given up (default 120)")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds until a request is given up (default 120)"
+    )
     parser.add_argument("--max-queue", type=_positive, default=64, help="requests waiting at once (default 64)")
     parser.add_argument(
         "--ends-with-parent", action="store_true", help="end when standard input closes, as with its starter's end"
