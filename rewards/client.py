@@ -2,8 +2,9 @@
 
 Tried again, with exponentially growing, jittered pauses, for `max_wait` after the first failure: no connection, no
 answer in time, an answer that is no reply of a reward server (a gateway's error page), a full queue (503), the server's
-time limit (504). Final at once: a wrong token, what the server refuses for its content, a reward that raised, a reply of the right form
-whose content is wrong (count, type, not finite), another reward than before. Redirections and proxies are not followed.
+time limit (504). Final at once: a wrong token, what the server refuses for its content, a reward that raised, a reply
+of the right form whose content is wrong (count, type, not finite), another reward than before. Redirections are not
+followed and proxies not used.
 
 Plain `http.client`: one connection a request, nothing to install.
 """

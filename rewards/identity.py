@@ -20,7 +20,9 @@ import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -149,11 +151,11 @@ def _versions(modules: tuple[str, ...]) -> dict[str, str]:
     return {module: version for module, version in found.items() if version}
 
 
+@cache
 def _version(module: str) -> str:
     """The version of the distribution that holds a module; empty when it is not installed."""
-    for name in (module, *importlib.metadata.packages_distributions().get(module, [])):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(module)  # most are called as their module is
+    for name in importlib.metadata.packages_distributions().get(module, []):  # reads every installed package
+        return importlib.metadata.version(name)
     return ""

@@ -9,6 +9,7 @@ weights are compared bit by bit with those of a run that computed the same rewar
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -104,7 +105,7 @@ def requests(folder: Path) -> list[Row]:
 
 def public_bind() -> Row:
     """All interfaces, without a token."""
-    command = ["rewards", "serve", REWARD, "--host", "0.0.0.0", "--port", "0"]  # noqa: S104
+    command = ["rewards", "serve", REWARD, "--host", "0.0.0.0", "--port", "0"]
     done = run_ddpo(*command)
     return Row(
         fault="public bind without a token",
@@ -118,10 +119,8 @@ def post(url: str, body: bytes, media: str, token: str) -> tuple[int, dict]:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     try:
         headers = {"Content-Type": media, "Authorization": f"Bearer {token}"}
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
             connection.request("POST", "/v1/score", body=body, headers=headers)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it has answered before it had read all
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
