@@ -33,7 +33,8 @@ Several processes are started by the launcher, one per device:
   torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT -m trainers train CONFIG
   (`accelerate launch --cpu --num_processes 2` starts one process only.)
 
-Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.* and tracking.* may change:
+Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.*, tracking.* and
+reward_processes.* may change:
   ddpo train --resume runs/NAME [--epochs 200]
 """
 

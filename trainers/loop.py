@@ -62,6 +62,8 @@ def train(
         The run folder.
     """
     config = replace(config or Config(), sampler=policy.sampler)
+    if config.reward_processes.devices:
+        raise ValueError("reward_processes needs rewards by name, from a configuration file; train() computes them itself")
     texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
     if isinstance(reward, str):
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
@@ -101,7 +103,8 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
 
     Args:
         run: The run folder.
-        overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*).
+        overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*,
+            reward_processes.*).
         checkpoint: Name of the checkpoint folder; None takes the newest.
 
     Returns:
