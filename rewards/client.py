@@ -123,7 +123,7 @@ class Client:
                     waited = f"{self._patience.max_wait:g} s and {tries} tries"
                     raise RewardError(f"{self._label}: {self.url}: {error}; gave up after {waited}") from error
                 left = deadline - now
-                _LOG.warning("%s: %s: %s; trying again for up to %.0f s", self._label, self.url, error, left)
+                _LOG.warning("%s: %s: %s; trying again for up to %.2g s", self._label, self.url, error, left)
                 time.sleep(min(pause * random.SystemRandom().uniform(0.5, 1.0), left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 seconds = min(self._patience.timeout, max(deadline - time.monotonic(), _SHORTEST_TRY))

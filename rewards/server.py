@@ -38,6 +38,7 @@ from rewards.wire import (
 )
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -242,13 +243,13 @@ def run(service: RewardService, listener: socket, *, started: Callable[[], None]
     Returns:
         False when a reward hangs, so that its thread is still there.
     """
-    uvicorn = require("uvicorn", extra="serve", reward="server")
-    config = uvicorn.Config(
+    library = require("uvicorn", extra="serve", reward="server")
+    config = library.Config(
         service.app(), log_level="warning", access_log=False, lifespan="off", server_header=False, ws="none",
         timeout_graceful_shutdown=int(service.limits.timeout) + 1, timeout_keep_alive=30,
         limit_concurrency=4 * service.limits.max_queue,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = library.Server(config)
     previous = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         asyncio.run(_serve(server, listener, started))
@@ -258,7 +259,7 @@ def run(service: RewardService, listener: socket, *, started: Callable[[], None]
             signal.signal(number, handler)
 
 
-async def _serve(server: uvicorn.Server, listener: socket, started: Callable[[], None]) -> None:  # noqa: F821
+async def _serve(server: uvicorn.Server, listener: socket, started: Callable[[], None]) -> None:
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not task.done():
         await asyncio.sleep(0.01)

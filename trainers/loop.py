@@ -63,7 +63,7 @@ def train(
     """
     config = replace(config or Config(), sampler=policy.sampler)
     if config.reward_processes.devices:
-        raise ValueError("reward_processes needs rewards by name, from a configuration file; train() computes them itself")
+        raise ValueError("reward_processes needs rewards by name, from a configuration; train() computes them itself")
     texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
     if isinstance(reward, str):
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)

@@ -57,7 +57,7 @@ def check_reward_processes(config: Config) -> None:
         try:
             torch.device(device)
         except RuntimeError as error:
-            raise ConfigError(f"reward_processes.devices: {device!r} is no torch device such as cuda:1 or cpu") from error
+            raise ConfigError(f"reward_processes.devices: {device!r} is no torch device like cuda:1 or cpu") from error
     for module in ("starlette", "uvicorn") if config.reward_processes.devices else ():
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"reward_processes.devices: {module} is not installed: pip install 'ddpo[serve]'")
