@@ -126,6 +126,8 @@ class Reward:
         version = None if images.is_inference() else images._version
         try:
             result = self.function(images, list(prompts), list(metadata))
+        except RewardError:  # says all that there is to say
+            raise
         except Exception as error:
             raise RewardError(_describe_failure(self, error, images, prompts, metadata)) from error
         if version is not None and images._version != version:

@@ -21,6 +21,14 @@ class DeclaresGradient(Protocol):
     differentiable: bool
 
 
+@runtime_checkable
+class ReportsAs(Protocol):
+    """A reward object that stands for another reward, and reports under that one's name and range."""
+
+    def reported_as(self, reward: Reward) -> Reward:
+        """`reward`, which calls this object, as it is to be shown."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registration:
     """What is known about a reward function or class before it is used.
@@ -75,6 +83,8 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
             f"reward class {noted.name!r} needs __call__(self, images, prompts, metadata) ({noted.source})"
         )
     reward = noted.wrap(cast(RewardFunction, function))
+    if isinstance(function, ReportsAs):
+        return function.reported_as(reward)
     if isinstance(function, DeclaresGradient):
         return replace(reward, differentiable=noted.differentiable and function.differentiable)
     return reward

@@ -52,6 +52,7 @@ BUILT_IN = {
     "imagenet_class": "rewards.imagenet",
     "chebyshev": "rewards.scalarize",
     "geometric": "rewards.scalarize",
+    "remote": "rewards.remote",
     "shapes": "rewards.shapes.reward",
     "shapes_strict": "rewards.shapes.reward",
     "shapes_partial": "rewards.shapes.reward",
@@ -143,6 +144,12 @@ def as_reward(target: Callable[..., object], *, name: str | None = None) -> Rewa
         raise ValueError(f"{target.__name__} is a class; construct it first: {target.__name__}(device=...)")
     noted = _noted(target) or _noted(type(target)) or _describe(target, name)
     return noted.wrap(cast(RewardFunction, target))
+
+
+def card_of(target: object) -> Card:
+    """The card that a reward function, or the class of a reward object, was registered with; empty without one."""
+    noted = _noted(target) or _noted(type(target))
+    return noted.card if noted else Card()
 
 
 def available() -> dict[str, str]:

@@ -126,6 +126,29 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardProcessConfig:
+    """Processes of their own for rewards: they score while the next batch is sampled, on their own devices.
+
+    Attributes:
+        devices: One process for each entry on every machine, e.g. `[cuda:6, cuda:7]` or `[cpu, cpu]`; each holds all
+            rewards, and batches go to whichever is free. `[]` computes rewards in the training processes.
+        timeout: Seconds for the scores of one batch.
+        start_timeout: Seconds for a process to load the rewards.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    devices: tuple[str, ...] = ()
+    timeout: float = 600.0
+    start_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        check(all(device.strip() for device in self.devices), "devices", list(self.devices), "a list of torch devices")
+        for name in ("timeout", "start_timeout"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Fixed prompts and seeds, measured before, during and after training.
 
@@ -236,6 +259,7 @@ class Config:
         optimizer: AdamW and its learning rate.
         rewards: What is maximised: the weighted sum of these.
         heldout_rewards: Measured in evaluations, never optimised.
+        reward_processes: Processes and devices of their own for all of these.
         prompts: Training prompts.
         evaluation: Fixed prompts and seeds, measured during training.
         checkpoints: What is kept to continue from.
@@ -266,6 +290,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: tuple[RewardTerm, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
+    reward_processes: RewardProcessConfig = field(default_factory=RewardProcessConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -283,8 +308,9 @@ class Config:
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "positive or null")
         for name in ("rewards", "heldout_rewards"):
-            names = [term.name for term in getattr(self, name)]
-            check(len(set(names)) == len(names), name, names, "a list that names each reward once")
+            names = [(term.name, repr(sorted(term.options.items()))) for term in getattr(self, name)]
+            shown = [term for term, _ in names]
+            check(len(set(names)) == len(names), name, shown, "a list that names each reward once")
         self._check_noise()
         self._check_groups()
         self._check_evaluation()

@@ -62,6 +62,8 @@ def train(
         The run folder.
     """
     config = replace(config or Config(), sampler=policy.sampler)
+    if config.reward_processes.devices:
+        raise ValueError("reward_processes needs rewards by name, from a configuration; train() computes them itself")
     texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
     if isinstance(reward, str):
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
@@ -101,7 +103,8 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
 
     Args:
         run: The run folder.
-        overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*).
+        overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*,
+            reward_processes.*).
         checkpoint: Name of the checkpoint folder; None takes the newest.
 
     Returns:
@@ -127,10 +130,13 @@ def _train(session: Session) -> Path:
     state, config = session.state, session.state.config
     objective = policy_gradient(config.objective)
     evaluations = session.run.path / "evaluations"
-    if state.epoch == 0:
+    if _lacks_evaluation(session, evaluations):
         _evaluate(session, evaluations)
     out_of_time = False
-    with Scorer(state.reward) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
+    with (
+        Scorer(state.reward, threads=max(1, len(config.reward_processes.devices))) as scorer,
+        session.progress.epochs(state.epoch, config.epochs) as bar,
+    ):
         for _ in bar:
             if out_of_time:
                 break
@@ -180,11 +186,22 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
         session.tracker.images("samples", pictures, step=state.epoch)
 
 
+def _lacks_evaluation(session: Session, folder: Path) -> bool:
+    """Whether an evaluation is due that is not there: at the start, or where a reward failed in it."""
+    state, config = session.state, session.state.config
+    wanted = state.epoch in (0, config.epochs) or _due(state.epoch, config.evaluation.every_epochs)
+    return wanted and not _agreed(session.processes, (folder / f"epoch_{state.epoch:06d}.safetensors").is_file())
+
+
 def _evaluate(session: Session, folder: Path) -> None:
-    """Evaluates the (averaged) weights, logs and saves the result."""
+    """Evaluates the (averaged) weights, logs and saves the result; a reward that fails loses no epoch."""
     state = session.state
-    with state.ema.applied():
-        result = session.evaluator(session.evaluated, state.reward, session.heldout)
+    try:
+        with state.ema.applied():
+            result = session.evaluator(session.evaluated, state.reward, session.heldout)
+    except RewardError:
+        _checkpoint(session)
+        raise
     if session.processes.is_main:
         summary = result.summary()
         result.save(folder, f"epoch_{state.epoch:06d}")

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import torch
+
 from trainers.config import Config
 from trainers.config_errors import ConfigError
 from trainers.plan import BatchPlan, make_plan
@@ -18,6 +20,7 @@ def preflight(config: Config, *, num_processes: int) -> BatchPlan:
     """
     check_model(config)
     check_rewards(config)
+    check_reward_processes(config)
     check_trackers(config)
     check_output(config)
     load_prompts(config.prompts)
@@ -46,6 +49,18 @@ def check_rewards(config: Config) -> None:
                 find(term.name)
             except (ValueError, ImportError) as error:
                 raise ConfigError(f"{group}.{i}.name: {error}") from error
+
+
+def check_reward_processes(config: Config) -> None:
+    """Refuses devices that are none, and processes without the packages they need."""
+    for device in config.reward_processes.devices:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"reward_processes.devices: {device!r} is no torch device like cuda:1 or cpu") from error
+    for module in ("starlette", "uvicorn") if config.reward_processes.devices else ():
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"reward_processes.devices: {module} is not installed: pip install 'ddpo[serve]'")
 
 
 def check_trackers(config: Config) -> None:

@@ -15,6 +15,8 @@ from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream, load_prompts
+from trainers.reward_processes import start_rewards
+from trainers.reward_record import record_rewards
 from trainers.run import RunFolder
 from trainers.state import TrainState
 from trainers.tracking import Tracker, open_trackers
@@ -59,8 +61,10 @@ def create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
 def load_session(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
     """Loads rewards, prompts and the policy of a configuration."""
     device = str(processes.device)
-    reward = WeightedSum(config.rewards, device=device)
-    heldout = load_heldout(config, device)
+    if config.reward_processes.devices:
+        reward, heldout = start_rewards(config, processes)
+    else:
+        reward, heldout = WeightedSum(config.rewards, device=device), load_heldout(config, device)
     texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
     policy = load_policy(config, device)
     return make_session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
@@ -107,6 +111,7 @@ def make_session(
     state = TrainState.start(config, policy, reward, stream)
     policy.denoiser.network = processes.prepare(policy.denoiser.network)
     progress = Progress(enabled=processes.is_main)
+    record_rewards(run.path, reward, heldout, processes, progress)
     return Session(
         run=run,
         state=state,

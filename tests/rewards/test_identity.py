@@ -1,0 +1,79 @@
+"""The hash of a reward changes with its code, arguments and weights, and with nothing else."""
+
+import torch
+from torch import nn
+
+from rewards import as_reward, loading, resolve
+from rewards.identity import identify
+
+CODE = """
+from torch import nn
+
+class Net:
+    def __init__(self, *, device, gain=1.0):
+        self.network = nn.Linear(3, 1).to(device)
+        nn.init.constant_(self.network.weight, {weight})
+        nn.init.zeros_(self.network.bias)
+        self.gain = gain
+        self.me = self
+
+    def __call__(self, images, prompts, metadata):
+        return self.network(images.mean(dim=(2, 3))).flatten() * self.gain
+"""
+
+
+def hashed(tmp_path, monkeypatch, code, options=None):
+    monkeypatch.setattr(loading, "_files", {})
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    reward = resolve(f"{file}:Net", options=options)
+    return identify(reward, options=options).hash
+
+
+def test_the_hash_repeats_and_follows_code_and_arguments(tmp_path, monkeypatch):
+    one = CODE.format(weight=1.0)
+    hashes = [
+        hashed(tmp_path, monkeypatch, one),
+        hashed(tmp_path, monkeypatch, one),
+        hashed(tmp_path, monkeypatch, one + "\n# another line\n"),
+        hashed(tmp_path, monkeypatch, one, {"gain": 2.0}),
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+class Holder:
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3))
+
+
+def test_every_weight_counts_wherever_the_object_keeps_it():
+    def made(change=0.0):
+        torch.manual_seed(0)
+        parts = {"networks": [nn.Linear(2, 2), nn.BatchNorm1d(2)], "head": Holder((torch.ones(3),))}
+        parts["networks"][1].running_mean += change
+        return parts
+
+    hashes = {
+        identify(as_reward(Holder(parts))).hash
+        for parts in (made(), made(), made(1e-3), made() | {"head": Holder((torch.tensor([1.0, 1.0, 1.5]),))})
+    }
+    assert len(hashes) == 3
+
+
+def test_a_reward_made_of_others_has_their_identity_in_it(monkeypatch):
+    def composite(weight):
+        terms = [{"name": "brightness", "ideal": 1.0, "weight": weight}, {"name": "redness", "ideal": 1.0}]
+        return identify(resolve("chebyshev", options={"terms": terms}), options={"terms": terms}).hash
+
+    assert composite(1.0) == composite(1.0) != composite(2.0)
+
+
+def test_versions_and_the_place_are_noted():
+    identity = identify(resolve("brightness"))
+    assert identity.versions["torch"] == torch.__version__.partition("+")[0]
+    assert set(identity.to_json()) == {"name", "hash", "package_version", "versions", "where"}
+    assert identity.where == "this process"

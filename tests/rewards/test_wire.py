@@ -1,0 +1,154 @@
+"""What a reward server and its clients exchange: exact where it says so, and strict about everything else."""
+
+import base64
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from rewards import Scores
+from rewards.wire import JSON, SAFETENSORS, WireError, decode_reply, decode_request, encode_reply, encode_request, pack
+
+LIMIT = 10_000_000
+
+
+def decode(body, media=SAFETENSORS):
+    return decode_request(body, media, max_bytes=LIMIT)
+
+
+def request_with(tensors, **fields):
+    whole = {"reward": "r", "prompts": ["a"], "metadata": [{}], **fields}
+    return save(tensors, metadata={"request": json.dumps(whole)})
+
+
+def picture(size=(5, 4), kind="PNG"):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=kind)
+    return pixels, base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_images_on_eight_bit_levels_arrive_exactly_in_either_precision(precision):
+    images = torch.randint(0, 256, (3, 3, 7, 5)).float() / 255
+    assert pack(images, precision).dtype == torch.uint8
+    arrived = decode(encode_request("r", images, ["a", "b", "c"], [{}] * 3, precision=precision))
+    assert torch.equal(arrived.images, images)
+
+
+def test_other_images_arrive_exactly_in_float32_and_to_a_sixteenth_of_a_level_in_float16():
+    images = torch.rand(2, 3, 16, 16)
+    metadata = [{"text": "ü", "count": 3}, {"box": [0.5, None, True]}]
+    exact = decode(encode_request("r", images, ["a\n", "猫"], metadata, precision="float32"))
+    assert torch.equal(exact.images, images)
+    assert (exact.reward, exact.prompts, exact.metadata) == ("r", ["a\n", "猫"], metadata)
+    rounded = decode(encode_request("r", images, ["a", "b"], [{}] * 2)).images
+    assert 0 < (rounded - images).abs().max() <= 2**-12
+    assert 2**-12 <= 1 / 255 / 16
+
+
+def test_png_pictures_arrive_as_pil_decodes_them():
+    pixels, text = picture()
+    body = json.dumps({"reward": "r", "prompts": ["a"], "metadata": [{}], "images": [text]}).encode()
+    images = decode(body, JSON).images
+    assert torch.equal(images, torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9))
+def test_scores_survive_the_reply_bit_by_bit(values):
+    total = torch.tensor(values, dtype=torch.float32)
+    reply = encode_reply(Scores(total=total, components={"part": -total}), name="r", hash="h", package_version="1")
+    back = decode_reply(json.loads(json.dumps(reply)), count=len(values))
+    assert back.scores.total.numpy().tobytes() == total.numpy().tobytes()
+    assert torch.equal(back.scores.components["part"], -total)
+
+
+IMAGE = torch.zeros(1, 3, 2, 2)
+HUGE_HEADER = struct.pack("<Q", 1 << 60) + b"{}"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "safetensors"),
+        (b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93.", "safetensors"),
+        (HUGE_HEADER, "safetensors"),
+        (struct.pack("<Q", 4) + b"[1]]rest", "not JSON"),
+        (save({"images": IMAGE}), "__metadata__"),
+        (request_with({"pictures": IMAGE}), "one tensor"),
+        (request_with({"images": IMAGE, "more": IMAGE + 1}), "one tensor"),
+        (request_with({"images": IMAGE.double()}), "F64"),
+        (request_with({"images": IMAGE.long()}), "I64"),
+        (request_with({"images": IMAGE + 2}), r"\[0, 1\]"),
+        (request_with({"images": IMAGE * float("nan")}), r"\[0, 1\]"),
+        (request_with({"images": IMAGE[0]}), "shape"),
+        (request_with({"images": IMAGE}, prompts=["a", "b"]), "prompts"),
+        (request_with({"images": IMAGE}, prompts="a"), "list of strings"),
+        (request_with({"images": IMAGE}, prompts=[1]), "list of strings"),
+        (request_with({"images": IMAGE}, metadata=[]), "metadata"),
+        (request_with({"images": IMAGE}, metadata=["x"]), "list of objects"),
+        (request_with({"images": IMAGE}, reward=3), "name"),
+        (request_with({"images": IMAGE}, code="x"), "code"),
+        (request_with({"images": IMAGE})[:-4], "safetensors"),
+    ],
+)
+def test_malformed_bodies_are_refused_with_the_reason(body, reason):
+    with pytest.raises(WireError, match=reason):
+        decode(body)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_and_never_anything_else(body):
+    for media in (SAFETENSORS, JSON):
+        with pytest.raises(WireError):
+            decode(body, media)
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ([], "non-empty"),
+        (["!!"], "base64"),
+        ([picture(kind="JPEG")[1]], "not a PNG"),
+        ([picture()[1], picture(size=(3, 3))[1]], "one size"),
+        ([picture(size=(2000, 2000))[1]], "size limit"),
+    ],
+)
+def test_pictures_that_are_no_png_or_too_large_are_refused(images, reason):
+    body = {"reward": "r", "prompts": ["a"] * len(images), "metadata": [{}] * len(images), "images": images}
+    with pytest.raises(WireError, match=reason):
+        decode(json.dumps(body).encode(), JSON)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scores": [1.0]}, "1 numbers for 2 images"),
+        ({"scores": [1.0, float("nan")]}, "not a finite"),
+        ({"scores": [1.0, 1e300]}, "not a finite"),
+        ({"scores": [1.0, "2"]}, "must be a number, got str"),
+        ({"scores": [True, 1.0]}, "must be a number, got bool"),
+        ({"scores": 3.0}, "list of 2 numbers"),
+        ({"scores": [[1.0], [2.0]]}, "must be a number, got list"),
+        ({"components": {"part": [1.0]}}, "component 'part'"),
+        ({"components": None}, "must have reward"),
+        ({"reward": {"name": "r"}}, "name and hash"),
+    ],
+)
+def test_replies_that_are_no_score_for_every_image_are_refused(change, reason):
+    reply = {"reward": {"name": "r", "hash": "h"}, "scores": [1.0, 2.0], "components": {}}
+    decode_reply(reply, count=2)
+    with pytest.raises(WireError, match=reason):
+        decode_reply({**reply, **change}, count=2)
+
+
+def test_metadata_that_json_cannot_hold_is_an_error_at_the_sender():
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        encode_request("r", IMAGE, ["a"], [{"box": torch.zeros(2)}])
