@@ -52,6 +52,7 @@ BUILT_IN = {
     "imagenet_class": "rewards.imagenet",
     "chebyshev": "rewards.scalarize",
     "geometric": "rewards.scalarize",
+    "learned": "rewards.learned",
     "shapes": "rewards.shapes.reward",
     "shapes_strict": "rewards.shapes.reward",
     "shapes_partial": "rewards.shapes.reward",

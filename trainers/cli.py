@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainers.launch import is_main_process, num_processes, prepare_threads, rank
+from trainers.preferences import add_commands
 
 _OURS = ("ddpo", "rewards", "trainers")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -358,7 +359,7 @@ def _add_dashboard(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_rewards(commands: argparse._SubParsersAction) -> None:
-    rewards = commands.add_parser("rewards", help="list rewards, score image files, or test rewards")
+    rewards = commands.add_parser("rewards", help="list, score, test rewards, or learn one from preferences")
     actions = rewards.add_subparsers(metavar="ACTION", required=True)
     listing = _command(actions, "list", _rewards_list, "every reward that can be named")
     listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, origins")
@@ -372,6 +373,7 @@ def _add_rewards(commands: argparse._SubParsersAction) -> None:
     )
     testing.add_argument("--options", type=_mapping, metavar="JSON", help="options of the reward, for a single NAME")
     testing.add_argument("--prompt", metavar="TEXT", help="the prompt of the sample pictures")
+    add_commands(actions, _command)
 
 
 def _names(text: str) -> list[str]:
