@@ -17,11 +17,11 @@ PAIRS has a line for each pair, pictures relative to the file; label is 1 (a is 
 
 --encoder says what the reward sees:
   cnn                          pixels and the captions' words, for tiny pictures (default)
-  open_clip:MODEL@PRETRAINED   frozen embeddings, e.g. open_clip:ViT-L-14-quickgelu@openai, open_clip:local-dir:/data/clip
+  open_clip:MODEL@PRETRAINED   frozen embeddings, such as open_clip:ViT-L-14-quickgelu@openai
   clip:MODEL, siglip:MODEL     frozen embeddings of transformers: a folder or owner/name[@revision]
   imagenet                     frozen EfficientNet-Lite0, and the captions' words
 
-The folder then is a reward: {name: learned, path: FOLDER, pessimism: 0.5}.
+The folder then is a reward: {name: learned, options: {path: FOLDER, pessimism: 0.5}}.
 """
 
 _SOURCE_HELP = "run folder (its evaluation pictures), or folder of pictures with metadata.jsonl"
@@ -49,6 +49,9 @@ def add_commands(actions: argparse._SubParsersAction, command: Command) -> None:
     fitting.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
     fitting.add_argument("--encoder", default="cnn", metavar="NAME", help="what the reward sees (default cnn)")
     fitting.add_argument("--device", default="cpu", help="where to train (default cpu)")
+    fitting.add_argument(
+        "--mirror", action="store_true", help="also see pictures mirrored; only where no caption tells left from right"
+    )
     for name, kind, about in _FIT_OPTIONS:
         fitting.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=about)
 

@@ -39,7 +39,7 @@ class Fit:
         rows: number of each held-out pair in the file's order, from 0.
         labels: of the held-out pairs, (M,).
         difference: calibrated mean difference of the held-out pairs, (M,).
-        spread: standard deviation of that difference over members, (M,).
+        disagreement: standard deviation over members of sigmoid(r(a) - r(b)), (M,).
         seconds: time taken.
     """
 
@@ -52,7 +52,7 @@ class Fit:
     rows: list[int]
     labels: Tensor
     difference: Tensor
-    spread: Tensor
+    disagreement: Tensor
     seconds: float
 
 
@@ -81,8 +81,9 @@ def fit_reward(
     fitted.ensemble.save(output)
     (output / "report.json").write_text(json.dumps(report(fitted, encoder, config or FitConfig()), indent=1) + "\n")
     lines = []
-    for row, difference, spread in zip(fitted.rows, fitted.difference.tolist(), fitted.spread.tolist(), strict=True):
-        entry = {**as_entry(pairs[row], output), "pair": row, "log_odds": difference, "spread": spread}
+    columns = (fitted.rows, fitted.difference.tolist(), fitted.disagreement.tolist())
+    for row, difference, disagreement in zip(*columns, strict=True):
+        entry = {**as_entry(pairs[row], output), "pair": row, "log_odds": difference, "disagreement": disagreement}
         lines.append(json.dumps(entry) + "\n")
     (output / "heldout.jsonl").write_text("".join(lines))
     from rewards.preferences.figure import draw
@@ -149,7 +150,7 @@ def fit_pairs(
         rows=rows[HELDOUT].tolist(),
         labels=heldout.label,
         difference=testing.mean(0),
-        spread=testing.std(0, correction=0),
+        disagreement=testing.sigmoid().std(0, correction=0),
         seconds=time.perf_counter() - start,
     )
 
@@ -184,7 +185,7 @@ def describe(fitted: Fit, output: Path) -> str:
     lines += [
         f"held-out loss {heldout.loss:.3f} nats a pair (0.693 knows nothing), calibration error {heldout.ece:.3f}",
         f"temperature {fitted.ensemble.config.temperature:.3g}, {fitted.seconds:.0f} s",
-        f"{output}: report.png, report.json, heldout.jsonl; use it as {{name: {REWARD}, path: {output}}} "
+        f"{output}: report.png, report.json, heldout.jsonl; use it as {{name: {REWARD}, options: {{path: {output}}}}} "
         f"or ddpo rewards test {REWARD} --options '{json.dumps({'path': str(output)})}'",
     ]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def draw(fitted: Fit, path: Path) -> None:
 
     centres, accuracies = _by_disagreement(fitted)
     doubt.plot(centres, accuracies, "-o", color=_ORANGE, markersize=4)
-    doubt.set(title="held-out accuracy by disagreement", xlabel="std of the members (log-odds)", ylabel="accuracy")
+    doubt.set(title="held-out accuracy by disagreement", xlabel="std of P(a > b) over members", ylabel="accuracy")
     for axes in (losses, reliability, doubt):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -49,10 +49,10 @@ def draw(fitted: Fit, path: Path) -> None:
 
 
 def _by_disagreement(fitted: Fit) -> tuple[list[float], list[float]]:
-    """Mean spread and accuracy of held-out pairs in groups of equal size, by rising spread."""
+    """Mean spread and accuracy of held-out pairs in groups of equal size, by rising disagreement."""
     decided = fitted.labels != 0.5
     right = ((fitted.difference > 0) == (fitted.labels > 0.5))[decided].float()
-    spread = fitted.spread[decided]
-    order = torch.argsort(spread)
+    doubt = fitted.disagreement[decided]
+    order = torch.argsort(doubt)
     groups = [group for group in order.tensor_split(_GROUPS) if len(group)]
-    return [float(spread[group].mean()) for group in groups], [float(right[group].mean()) for group in groups]
+    return [float(doubt[group].mean()) for group in groups], [float(right[group].mean()) for group in groups]

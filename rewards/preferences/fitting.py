@@ -37,6 +37,7 @@ class FitConfig:
         weight_decay: Decoupled weight decay.
         gauge: Weight of the term that pins the zero of the scores.
         shift: The CNN sees pictures moved by up to so many pixels, edges repeated; 0 for none.
+        mirror: The CNN sees half of the pictures mirrored; only where no caption tells left from right.
         validation: Share of the prompts that decides when to stop, and the temperature.
         heldout: Share of the prompts on which accuracy and calibration are reported.
         side: Of the square that the CNN sees, pixels: 16, 32, 64 or 128.
@@ -51,6 +52,7 @@ class FitConfig:
     weight_decay: float = 1e-2
     gauge: float = 1e-3
     shift: int = 2
+    mirror: bool = False
     validation: float = 0.1
     heldout: float = 0.2
     side: int = 32
@@ -79,10 +81,12 @@ def negative_log_likelihood(difference: Tensor, label: Tensor) -> Tensor:
 
 
 def differences(scorer: Scorer, pairs: PairFeatures) -> Tensor:
-    """r(a) - r(b) of pairs, `(M,)`, without gradient."""
+    """r(a) - r(b) of pairs, `(M,)`, without gradient; every picture of a caption is scored once."""
     scorer.eval()
+    distinct, where = torch.unique(pairs.keys, return_inverse=True)
     with torch.no_grad():
-        first, second = _scores(scorer, pairs, pairs.images, batch=_EVALUATION_BATCH)
+        parts = [_score(scorer, *_select(pairs, part)) for part in distinct.split(_EVALUATION_BATCH)]
+    first, second = torch.cat(parts)[where].chunk(2)
     return first - second
 
 
@@ -152,36 +156,32 @@ def _by_group(group: Tensor) -> list[Tensor]:
 
 
 def _loss(scorer: Scorer, pairs: PairFeatures, config: FitConfig, generator: torch.Generator) -> Tensor:
-    shift = config.shift if isinstance(scorer, CaptionedCnn) else 0
-    first, second = _scores(scorer, pairs, pairs.images, shift=shift, generator=generator)
+    distinct, where = torch.unique(pairs.keys, return_inverse=True)
+    images, captions = _select(pairs, distinct)
+    if isinstance(scorer, CaptionedCnn):
+        images = _varied(images, config, generator)
+    first, second = _score(scorer, images, captions)[where].chunk(2)
     likelihood = negative_log_likelihood(first - second, pairs.label.to(first.device)).mean()
     return likelihood + config.gauge * ((first + second) / 2).square().mean()
 
 
-def _scores(
-    scorer: Scorer,
-    pairs: PairFeatures,
-    images: Tensor,
-    *,
-    batch: int | None = None,
-    shift: int = 0,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """r(a) and r(b), `(M,)` each; every picture of a caption is scored once."""
-    distinct, where = torch.unique(pairs.keys, return_inverse=True)
+def _score(scorer: Scorer, images: Tensor, captions: Tensor) -> Tensor:
+    return scorer.score(images, scorer.read(captions))
+
+
+def _select(pairs: PairFeatures, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures and captions of the numbers that `PairFeatures.keys` gives them."""
     count = len(pairs.captions)
-    parts = []
-    for part in distinct.split(batch or len(distinct)):
-        pictures = images[part // count]
-        if shift:
-            pictures = _shifted(pictures, shift, generator)
-        parts.append(scorer.score(pictures, scorer.read(pairs.captions[part % count])))
-    first, second = torch.cat(parts)[where.to(parts[0].device)].chunk(2)
-    return first, second
+    return pairs.images[keys // count], pairs.captions[keys % count]
 
 
-def _shifted(images: Tensor, most: int, generator: torch.Generator | None) -> Tensor:
-    """The batch moved by one random offset of at most `most` pixels along each axis."""
-    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
-    padded = functional.pad(images, (most,) * 4, mode="replicate")
-    return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]
+def _varied(images: Tensor, config: FitConfig, generator: torch.Generator) -> Tensor:
+    """The batch moved by one random offset along each axis, and each picture mirrored or not."""
+    if config.shift:
+        down, right = torch.randint(0, 2 * config.shift + 1, (2,), generator=generator).tolist()
+        padded = functional.pad(images, (config.shift,) * 4, mode="replicate")
+        images = padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]
+    if config.mirror:
+        turned = torch.rand(len(images), generator=generator) < 0.5
+        images = torch.where(turned[:, None, None, None].to(images.device), images.flip(-1), images)
+    return images

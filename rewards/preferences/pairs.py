@@ -114,7 +114,7 @@ def as_entry(pair: Pair, folder: Path) -> dict[str, str | float]:
 
 
 def split_by_prompt(prompts: Sequence[str], shares: Sequence[float], *, seed: int) -> list[int]:
-    """Which part each prompt belongs to; all pairs of a prompt share a part, so that no caption is both learnt and tested.
+    """Which part each prompt belongs to; all pairs of a prompt share one, so that none is learnt and tested.
 
     Prompts are ordered by a hash of seed and text, and parts are cut from that order, so that a part holds its share
     of the prompts to rounding.
