@@ -1,7 +1,7 @@
 """What a preference model sees of pictures and captions: pixels and words, or frozen embeddings.
 
     cnn                         pixels at `side` x `side`, words of the training captions; for tiny pictures
-    imagenet                    EfficientNet-Lite0's embedding (extra `imagenet`), words of the training captions
+    imagenet                    EfficientNet-Lite0's class scores (extra `imagenet`), words of the training captions
     open_clip:MODEL@PRETRAINED  image and text embeddings of any open_clip model (extra `open_clip`), e.g.
                                 open_clip:ViT-L-14-quickgelu@openai or open_clip:local-dir:/data/folder
     clip:MODEL, siglip:MODEL    the same of transformers: a folder or `owner/name[@revision]` on the hub
@@ -111,7 +111,7 @@ class Pixels:
 
 @final
 class ImageNet:
-    """EfficientNet-Lite0's pooled features at unit length, captions as words.
+    """EfficientNet-Lite0's class scores at unit length, captions as words.
 
     Args:
         vocabulary: words.
@@ -124,7 +124,7 @@ class ImageNet:
         self._device = device
 
     def images(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` to log-probabilities' class scores, centred, at unit length: `(B, 1000)`."""
+        """`(B, 3, H, W)` to centred class scores at unit length, `(B, 1000)`."""
         scores = self._classifier.log_probabilities(images)
         return functional.normalize(scores - scores.mean(1, keepdim=True), dim=1)
 

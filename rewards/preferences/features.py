@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from rewards.cli import load_image
 from rewards.preferences.encoders import Encoder
 from rewards.preferences.pairs import Pair
 from rewards.preferences.progress import track
@@ -103,20 +103,6 @@ def encode(pairs: Sequence[Pair], encoder: Encoder, *, show: bool = False) -> Pa
     )
 
 
-def load_picture(path: Path) -> Tensor:
-    """A picture `(3, H, W)` float32 in [0, 1].
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
 def _groups(first: Tensor, second: Tensor) -> Tensor:
     """Connected components of the graph whose nodes are pictures of a caption and whose edges are pairs, by edge."""
     nodes, places = torch.unique(torch.cat([first, second]), return_inverse=True)
@@ -127,7 +113,7 @@ def _groups(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _encode_files(files: Sequence[Path], encoder: Encoder) -> list[Tensor]:
-    pictures = [load_picture(path) for path in files]
+    pictures = [load_image(path) for path in files]
     if len({picture.shape for picture in pictures}) == 1:
-        return [encoder.images(torch.stack(pictures))]
-    return [encoder.images(picture[None]) for picture in pictures]
+        return [encoder.images(torch.cat(pictures))]
+    return [encoder.images(picture) for picture in pictures]

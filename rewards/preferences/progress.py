@@ -1,4 +1,4 @@
-"""A bar over long work, where tqdm is installed and a terminal is there."""
+"""A bar over long work, where a terminal is there to show it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from rewards.optional import installed, require
-
 Item = TypeVar("Item")
 
 
 def track(items: Sequence[Item], label: str, *, show: bool) -> Iterator[Item]:
     """Iterates, with a bar on stderr that disappears when it is done."""
-    if not show or not sys.stderr.isatty() or not installed("tqdm"):
+    if not (show and sys.stderr.isatty()):
         yield from items
         return
-    yield from require("tqdm.auto", extra="", reward="learned").tqdm(items, desc=label, leave=False, dynamic_ncols=True)
+    from tqdm.auto import tqdm
+
+    yield from tqdm(items, desc=label, leave=False, dynamic_ncols=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rewards.cli import load_image
 from rewards.preferences.ensemble import Ensemble
-from rewards.preferences.features import load_picture
 from rewards.preferences.pairs import Pair
 from rewards.preferences.pictures import Picture
 from rewards.preferences.progress import track
@@ -101,12 +101,12 @@ def _disagreement(pairs: Sequence[Pair], ensemble: Ensemble, *, show: bool) -> T
     with torch.no_grad():
         for start in track(range(0, len(ends), _BATCH), "scoring pictures", show=show):
             batch = ends[start : start + _BATCH]
-            pixels = [load_picture(path) for _, path in batch]
+            pixels = [load_image(path) for _, path in batch]
             if len({picture.shape for picture in pixels}) == 1:
-                parts.append(ensemble.scores(torch.stack(pixels), [prompt for prompt, _ in batch]))
+                parts.append(ensemble.scores(torch.cat(pixels), [prompt for prompt, _ in batch]))
             else:
                 each = zip(pixels, batch, strict=True)
-                parts += [ensemble.scores(picture[None], [prompt]) for picture, (prompt, _) in each]
+                parts += [ensemble.scores(picture, [prompt]) for picture, (prompt, _) in each]
     scores = torch.cat(parts, dim=1).cpu()  # (K, N)
     a = torch.tensor([place[pair.prompt, pair.a] for pair in pairs])
     b = torch.tensor([place[pair.prompt, pair.b] for pair in pairs])

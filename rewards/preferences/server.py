@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -81,10 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _labelling(self) -> LabelServer:
         return cast(LabelServer, self.server)
 
-    def _answer(self, action: object) -> None:
+    def _answer(self, action: Callable[[], None]) -> None:
         try:
             self._check_host()
-            assert callable(action)
             action()
         except _Refused as refused:
             self._send_json({"error": str(refused)}, status=refused.status)

@@ -28,7 +28,7 @@ from tests.rewards.tiny_open_clip import write_tiny_clip
 from tests.rewards.tiny_transformers import WORDS, save_models
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
-FAST = FitConfig(members=2, epochs=6, batch_size=32, side=16, shift=0, learning_rate=3e-3, validation=0.2, heldout=0.2)
+FAST = FitConfig(members=2, epochs=12, batch_size=32, side=16, shift=0, learning_rate=3e-3, validation=0.2, heldout=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def colour_pairs(tmp_path_factory):
     generator = np.random.default_rng(0)
     pairs = []
     things = ["wall", "door", "car", "hat", "sky"]
-    for number in range(240):
+    for number in range(360):
         colour = list(COLOURS)[number % 3]
         shades = generator.integers(0, 256, (2, 3))
         paths = [folder / f"{number}{side}.png" for side in "ab"]
@@ -58,9 +58,9 @@ def fitted(colour_pairs):
 class Strength(nn.Module):
     """One free number for each picture: the Bradley-Terry model of tournaments."""
 
-    def __init__(self, num):
+    def __init__(self, num, start):
         super().__init__()
-        self.strength = nn.Parameter(torch.zeros(num))
+        self.strength = nn.Parameter(torch.full((num,), start))
 
     def read(self, captions):
         return captions
@@ -77,26 +77,45 @@ def test_the_loss_is_minus_the_log_of_the_bradley_terry_probability():
         np.testing.assert_allclose(negative_log_likelihood(difference, torch.full_like(difference, label)), expected)
 
 
-def test_strengths_of_a_tournament_are_the_maximum_likelihood_estimate_of_scipy():
+def tournament(num):
+    """Noisy games between five players of strengths 0, 0.5, ..., 2."""
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(0, 5, (2, 400), generator=generator)
+    a, b = torch.randint(0, 5, (2, num), generator=generator)
     a, b = a[a != b], b[a != b]
     label = (torch.rand(len(a), generator=generator) < (0.5 * (a - b)).sigmoid()).float()
-    pairs = PairFeatures(
+    return PairFeatures(
         images=torch.arange(5.0)[:, None], captions=torch.zeros(1, 1, dtype=torch.int64), a=a, b=b,
         caption=torch.zeros_like(a), label=label, group=torch.arange(len(a)),
     )  # fmt: skip
-    config = FitConfig(members=1, epochs=150, patience=150, batch_size=400, learning_rate=0.1, weight_decay=0, shift=0)
-    scorer, _ = fit_member(lambda: Strength(5), pairs, pairs, config, member=0, on_epoch=lambda epoch, loss: None)
+
+
+def fit_strengths(pairs, *, gauge, start=0.0):
+    config = FitConfig(
+        members=1, epochs=150, patience=150, batch_size=400, learning_rate=0.1, weight_decay=0, shift=0, gauge=gauge
+    )
+    scorer, _ = fit_member(
+        lambda: Strength(5, start), pairs, pairs, config, member=0, on_epoch=lambda epoch, loss: None
+    )
+    return scorer.strength.detach().numpy()
+
+
+def test_strengths_of_a_tournament_are_the_maximum_likelihood_estimate_of_scipy():
+    pairs = tournament(400)
+    label = pairs.label.numpy()
 
     def loss(strength):
-        d = strength[a] - strength[b]
-        return -np.mean(label.numpy() * np.log(expit(d)) + (1 - label.numpy()) * np.log(expit(-d)))
+        d = strength[pairs.a] - strength[pairs.b]
+        return -np.mean(label * np.log(expit(d)) + (1 - label) * np.log(expit(-d)))
 
     best = minimize(loss, np.zeros(5)).x
-    found = scorer.strength.detach().numpy()
+    found = fit_strengths(pairs, gauge=0.0)
     np.testing.assert_allclose(found - found.mean(), best - best.mean(), atol=0.01)
-    assert abs(found.mean()) < 0.05  # the likelihood leaves it free, the gauge term does not
+
+
+def test_the_zero_of_the_scores_is_free_in_the_likelihood_and_pinned_by_the_gauge_term():
+    pairs = tournament(400)
+    assert fit_strengths(pairs, gauge=0.0, start=1.0).mean() == pytest.approx(1.0, abs=0.15)
+    assert fit_strengths(pairs, gauge=0.3, start=1.0).mean() == pytest.approx(0.0, abs=0.1)
 
 
 def test_pairs_that_share_pictures_of_a_prompt_are_one_group(colour_pairs):
@@ -206,7 +225,7 @@ def test_the_command_writes_reward_report_plot_and_held_out_predictions(colour_p
     text = fit_reward(tmp_path / "pairs.jsonl", tmp_path / "r", config=FitConfig(members=2, epochs=1, side=16))
     assert "held-out accuracy 0." in text
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert sum(report["pairs"].values()) == 240
+    assert sum(report["pairs"].values()) == 360
     with Image.open(tmp_path / "r" / "report.png") as plot:
         assert plot.width > 600
     lines = [json.loads(line) for line in (tmp_path / "r" / "heldout.jsonl").read_text().splitlines()]
@@ -223,7 +242,7 @@ def test_disputed_pairs_are_proposed_first(fitted, colour_pairs):
 
     def doubt(pair):
         pixels = torch.stack(
-            [torch.from_numpy(np.asarray(Image.open(p))).permute(2, 0, 1) / 255 for p in (pair.a, pair.b)]
+            [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) / 255 for p in (pair.a, pair.b)]
         )
         scores = fitted.ensemble.scores(pixels, [pair.prompt] * 2)
         return float((scores[:, 0] - scores[:, 1]).sigmoid().std(correction=0))
@@ -242,7 +261,8 @@ def test_the_cnn_takes_every_documented_side_and_reads_the_caption(side):
 
 def test_padding_does_not_change_a_caption():
     network = CaptionedCnn(side=16, channels=16, num_words=9, width=16)
-    assert torch.equal(network.read(torch.tensor([[2, 3]])), network.read(torch.tensor([[2, 3, 0, 0]])))
+    short, padded = network.read(torch.tensor([[2, 3]])), network.read(torch.tensor([[2, 3, 0, 0]]))
+    torch.testing.assert_close(short, padded)
 
 
 def test_vocabulary_knows_frequent_words_and_marks_unknown_ones():
@@ -270,7 +290,7 @@ def test_a_head_on_frozen_embeddings_is_fitted_saved_and_differentiable(kind, co
     reward = resolve("learned", options={"path": str(tmp_path / "r")})
     images = torch.rand(2, 3, 40, 40, requires_grad=True)
     total = reward.differentiable_score(images, prompts[:2], [{}] * 2).total
-    assert torch.equal(total.detach(), fitted.ensemble.scores(images.detach(), prompts[:2]).mean(0))
+    torch.testing.assert_close(total.detach(), fitted.ensemble.scores(images.detach(), prompts[:2]).mean(0))
     assert torch.autograd.grad(total.sum(), images)[0].abs().max() > 0
 
 
