@@ -65,7 +65,7 @@ class LabelSession:
     """
 
     def __init__(self, pairs: Sequence[Pair], output: Path) -> None:
-        self.pairs = tuple({_resolved(pair).key: _resolved(pair) for pair in reversed(pairs)}.values())[::-1]
+        self.pairs = tuple({pair.key: pair for pair in reversed(pairs)}.values())[::-1]
         self._folder = output.parent
         self._lock = Lock()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -157,18 +157,14 @@ class LabelSession:
             text = line.decode(errors="replace")
             if text.strip():
                 try:
-                    pair = parse_pair(text, folder=self._folder, labelled=True)
-                    key = _resolved(pair or parse_pair(text, folder=self._folder, labelled=False)).key
+                    labelled = parse_pair(text, folder=self._folder, labelled=True)
+                    pair = labelled or parse_pair(text, folder=self._folder, labelled=False)
                 except ValueError as error:
                     raise ValueError(f"{output}: line {line_number}: {error}") from error
-                history.append((number_of.get(key), start, pair is None))
+                assert pair is not None, "only a skipped pair is passed over, and only where labels are asked for"
+                history.append((number_of.get(pair.key), start, labelled is None))
             start += len(line)
         return history
-
-
-def _resolved(pair: Pair | None) -> Pair:
-    assert pair is not None
-    return Pair(prompt=pair.prompt, a=pair.a.resolve(), b=pair.b.resolve(), label=pair.label)
 
 
 def _lock_file(descriptor: int, path: Path) -> None:

@@ -36,8 +36,8 @@ class Pair:
 
     @property
     def key(self) -> tuple[str, frozenset[Path]]:
-        """The same for (a, b) and (b, a)."""
-        return self.prompt, frozenset((self.a, self.b))
+        """The same for (a, b) and (b, a), and however the files are named."""
+        return self.prompt, frozenset((self.a.resolve(), self.b.resolve()))
 
 
 def read_pairs(path: Path, *, labelled: bool) -> list[Pair]:
