@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rewards.preferences.encoders import Encoder, make_encoder
@@ -78,6 +76,8 @@ class Ensemble:
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `members.safetensors`."""
+        from safetensors.torch import save_file
+
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{number}.{name}": value.cpu().contiguous()
@@ -104,6 +104,9 @@ class Ensemble:
             ValueError: the folder holds no ensemble, a damaged one, or one whose encoder is not to be had.
             ImportError: the encoder needs a package.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         config = _read_config(folder)
         encoder = config.make_encoder(device)
         try:
