@@ -52,7 +52,11 @@ BUILT_IN = {
     "imagenet_class": "rewards.imagenet",
     "chebyshev": "rewards.scalarize",
     "geometric": "rewards.scalarize",
+<<<<<<< HEAD
     "remote": "rewards.remote",
+=======
+    "learned": "rewards.learned",
+>>>>>>> w-prefs
     "shapes": "rewards.shapes.reward",
     "shapes_strict": "rewards.shapes.reward",
     "shapes_partial": "rewards.shapes.reward",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainers.launch import is_main_process, num_processes, prepare_threads, rank
+from trainers.preferences import add_commands
 
 _OURS = ("ddpo", "rewards", "trainers")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -398,7 +399,11 @@ def _add_dashboard(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_rewards(commands: argparse._SubParsersAction) -> None:
+<<<<<<< HEAD
     rewards = commands.add_parser("rewards", help="list, test or serve rewards, or score image files")
+=======
+    rewards = commands.add_parser("rewards", help="list, score, test rewards, or learn one from preferences")
+>>>>>>> w-prefs
     actions = rewards.add_subparsers(metavar="ACTION", required=True)
     listing = _command(actions, "list", _rewards_list, "every reward that can be named")
     listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, origins")
@@ -412,6 +417,7 @@ def _add_rewards(commands: argparse._SubParsersAction) -> None:
     )
     testing.add_argument("--options", type=_mapping, metavar="JSON", help="options of the reward, for a single NAME")
     testing.add_argument("--prompt", metavar="TEXT", help="the prompt of the sample pictures")
+<<<<<<< HEAD
     _add_rewards_serve(actions)
 
 
@@ -453,6 +459,9 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--ends-with-parent", action="store_true", help="end when standard input closes, as with its starter's end"
     )
+=======
+    add_commands(actions, _command)
+>>>>>>> w-prefs
 
 
 def _names(text: str) -> list[str]:

@@ -1,0 +1,64 @@
+"""A reward learnt from preferences by `ddpo rewards fit`: an ensemble's mean, less a penalty on its disagreement.
+
+    score = mean_k r_k(x) - pessimism * std_k r_k(x)
+
+With pessimism, pictures unlike those that were compared, on which the members disagree, are not worth finding: a
+policy that optimises a learnt reward otherwise seeks out its errors (Coste et al. 2024, arXiv:2310.02743).
+The unit is log-odds: a difference of 1 between two pictures of one prompt says 73% prefer the first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rewards.base import Metadata
+from rewards.card import Card
+from rewards.preferences.ensemble import Ensemble
+from rewards.registry import register
+
+_TINY = 1e-12  # keeps the gradient of the standard deviation finite where all members agree
+
+
+@register(
+    "learned",
+    differentiable=True,
+    range=(-float("inf"), float("inf")),
+    card=Card(
+        origin="ddpo rewards fit, on your own pairs (Bradley & Terry 1952; Christiano et al., arXiv:1706.03741)",
+        licence="yours, and that of the frozen encoder if one is used",
+        typical="a few log-odds around 0",
+    ),
+)
+@final
+class Learned:
+    """Log-odds of being preferred, learnt from labelled pairs.
+
+    Args:
+        device: where the networks run.
+        path: folder that `ddpo rewards fit` wrote.
+        pessimism: standard deviations of the ensemble taken off; 0 for the mean.
+
+    Raises:
+        ValueError: no such ensemble, or a negative pessimism.
+    """
+
+    def __init__(self, *, device: torch.device, path: str, pessimism: float = 0.0) -> None:
+        if not pessimism >= 0:
+            raise ValueError(f"reward 'learned': pessimism must be at least 0, got {pessimism}")
+        self.ensemble = Ensemble.load(Path(path).expanduser(), device=device)
+        if pessimism > 0 and len(self.ensemble.members) < 2:
+            raise ValueError(
+                f"reward 'learned': pessimism {pessimism} needs an ensemble, {path} has 1 member; fit with --members 4"
+            )
+        self._pessimism = pessimism
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
+        """Scores `(B,)` in log-odds, with the ensemble's mean and standard deviation as components."""
+        scores = self.ensemble.scores(images, prompts)
+        mean = scores.mean(0)
+        std = (scores.var(0, correction=0) + _TINY).sqrt()
+        return {"score": mean - self._pessimism * std, "mean": mean, "std": std}
