@@ -23,7 +23,7 @@ from ddpo.gaussian import Gaussian
 from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
-from ddpo.prediction import predict
+from ddpo.prediction import Prediction, predict
 from ddpo.samplers import SamplerConfig, default_sampler, make_schedule
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, find_denoiser, trace
@@ -157,6 +157,17 @@ class Policy:
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
         return self._gaussian(k, x, rule.combine(negative, positive, self.sampler.guidance_scale))
 
+    def predicted_x0(self, k: int | Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """The clean latents that the guided network predicts from x at step k, (B, *latent); one pass of the network.
+
+        Args:
+            k: Step index, an int or (B,) int64.
+            x: Latents, (B, *latent).
+            condition: B rows.
+        """
+        negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
+        return self._predict(k, x, self.rule.combine(negative, positive, self.sampler.guidance_scale)).x0
+
     def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
         """The guided and the unguided distribution from one pass of the network."""
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
@@ -167,15 +178,15 @@ class Policy:
         return self.schedule.model_time[k].expand(x.shape[0])
 
     def _gaussian(self, k: int | Tensor, x: Tensor, output: Tensor) -> Gaussian:
+        table, prediction = self.schedule, self._predict(k, x, output)
+        a_next, direction, std = (_at(values, k, x) for values in (table.a_next, table.direction, table.std))
+        return Gaussian(mean=a_next * prediction.x0 + direction * prediction.eps, std=std)
+
+    def _predict(self, k: int | Tensor, x: Tensor, output: Tensor) -> Prediction:
+        """What the network's output stands for, x0 clipped where the scheduler clips it."""
         table = self.schedule
-        shape = (-1, *[1] * (x.ndim - 1))
-
-        def at(values: Tensor) -> Tensor:
-            return values[k].to(x.dtype).reshape(shape)
-
-        prediction = predict(output.to(x.dtype), x, at(table.a), at(table.s), kind=self._kind)
-        x0 = prediction.x0 if table.clip is None else prediction.x0.clamp(-table.clip, table.clip)
-        return Gaussian(mean=at(table.a_next) * x0 + at(table.direction) * prediction.eps, std=at(table.std))
+        found = predict(output.to(x.dtype), x, _at(table.a, k, x), _at(table.s, k, x), kind=self._kind)
+        return found if table.clip is None else replace(found, x0=found.x0.clamp(-table.clip, table.clip))
 
     # ---- the trained network ----------------------------------------------------------------------------------------
 
@@ -331,6 +342,11 @@ class Policy:
                 for side in (condition.positive, condition.negative)
             )
             self._encoded[prompt] = (positive, negative)
+
+
+def _at(values: Tensor, k: int | Tensor, x: Tensor) -> Tensor:
+    """A coefficient (T,) at step k, shaped to broadcast over latents x."""
+    return values[k].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def default_device() -> torch.device:

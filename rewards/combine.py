@@ -166,6 +166,11 @@ class WeightedSum:
         ]
         return torch.stack(scaled).sum(dim=0)
 
+    def component_of(self, spec: str) -> str:
+        """The name under which a reward is reported that a configuration calls `spec`; `spec` itself if it is none."""
+        pairs = zip(self.terms, self.rewards, strict=True)
+        return next((reward.name for term, reward in pairs if spec in (term.name, reward.name)), spec)
+
     def weights(self) -> dict[str, float]:
         """The weight of each reward at the present epoch, before normalisation."""
         return {

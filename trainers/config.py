@@ -13,8 +13,10 @@ from pydantic import Discriminator, Tag
 
 from ddpo.advantages import AdvantageConfig
 from ddpo.kl import AdaptiveKL, FixedKL
+from ddpo.lagrangian import KL_NAME, Constraint
 from ddpo.lora import FullConfig, LoraConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
+from ddpo.potential import check_steps
 from ddpo.samplers import SamplerConfig
 from ddpo.validation import check
 from rewards.combine import RewardTerm
@@ -135,6 +137,11 @@ class EvaluationConfig:
         images_per_prompt: Images per prompt; at least 2 for diversity.
         seed: Seed of the evaluation noise.
         ode: Also evaluate noise-free (ODE) sampling.
+        overoptimisation_threshold: Warn when a held-out reward lies this many standard errors below its best
+            evaluation while the training reward lies as many above (paired differences per image); 0 never warns.
+        stop_on_overoptimisation: Stop after `overoptimisation_patience` such evaluations in a row and export the
+            weights of the best evaluation instead of the last.
+        overoptimisation_patience: Evaluations in a row before stopping.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -145,12 +152,37 @@ class EvaluationConfig:
     images_per_prompt: int = 4
     seed: int = 1234
     ode: bool = True
+    overoptimisation_threshold: float = 3.0
+    stop_on_overoptimisation: bool = False
+    overoptimisation_patience: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "seed"):
+        for name in ("every_epochs", "seed", "overoptimisation_threshold"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("num_prompts", "images_per_prompt"):
+        for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapingConfig:
+    """The reward of the predicted clean image as a potential: lowers variance, changes no optimum (`ddpo.potential`).
+
+    Attributes:
+        steps: Denoising steps, from 0, before which the predicted clean image is decoded and scored: one pass of the
+            network, a decoding and a score each per image; `[]` for no shaping.
+        strength: Factor on that score.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    steps: tuple[int, ...] = ()
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        steps = list(self.steps)
+        rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        check(rising and all(k >= 0 for k in steps), "steps", steps, "rising numbers from 0")
+        check(self.strength > 0, "strength", self.strength, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +264,9 @@ class Config:
         batch: Numbers of samples and what fits on a device.
         optimizer: AdamW and its learning rate.
         rewards: What is maximised: the weighted sum of these.
+        constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
         heldout_rewards: Measured in evaluations, never optimised.
+        shaping: Intermediate rewards on the predicted clean image.
         prompts: Training prompts.
         evaluation: Fixed prompts and seeds, measured during training.
         checkpoints: What is kept to continue from.
@@ -262,7 +296,9 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: tuple[RewardTerm, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -282,8 +318,12 @@ class Config:
         for name in ("rewards", "heldout_rewards"):
             names = [term.name for term in getattr(self, name)]
             check(len(set(names)) == len(names), name, names, "a list that names each reward once")
+        bounded = [constraint.reward for constraint in self.constraints]
+        check(len(set(bounded)) == len(bounded), "constraints", bounded, "a list that names each reward once")
+        check_steps(self.shaping.steps, self.sampler.num_steps)
         self._check_noise()
         self._check_groups()
+        self._check_units()
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""
@@ -297,6 +337,24 @@ class Config:
         cure = "at least 2 with advantages.baseline: group (or choose baseline: prompt or batch)"
         check(not alone, "batch.group_size", group, cure)
         check(samples >= 2, "batch.samples_per_epoch", samples, "at least 2 (an advantage compares samples)")
+
+    def _check_units(self) -> None:
+        """What is in reward units cannot be added to GDPO's deviations; the KL needs no second multiplier."""
+        is_gdpo = self.advantages.combination == "gdpo"
+        used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
+        extra = [name for name, is_used in used.items() if is_used]
+        cure = f"sum with {' and '.join(extra)} (they are in reward units, gdpo's advantages are not)"
+        check(not (is_gdpo and extra), "advantages.combination", self.advantages.combination, cure)
+        twice = isinstance(self.kl, AdaptiveKL) and KL_NAME in [constraint.reward for constraint in self.constraints]
+        check(not twice, "kl.kind", self.kl.kind, f"fixed with a constraint on {KL_NAME}")
+
+    @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """All rewards that are computed in training: `rewards`, and with weight 0 what only constraints name."""
+        known = {name for term in self.rewards for name in (term.name, term.name.rpartition(":")[2])}
+        wanted = [c.reward for c in self.constraints if c.reward != KL_NAME and c.reward not in known]
+        new = [name for name in wanted if "/" not in name or ":" in name or name.partition("/")[0] not in known]
+        return (*self.rewards, *(RewardTerm(name=name, weight=0.0) for name in new))
 
     @property
     def learning_rate(self) -> float:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpo import Policy, rollout, sample_seeds
+from ddpo import Condition, Policy, rollout, sample_seeds
 from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
+from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
@@ -73,7 +74,7 @@ class Evaluation:
         for prefix in ("", "ode/"):
             if f"{prefix}reward" in values:
                 components = {r.name: values[f"{prefix}{r.name}"] for r in reward.rewards}
-                values[f"{prefix}reward"] = reward.total(components)
+                values[f"{prefix}reward"] = reward.total(components, self.prompts)
         return replace(self, values=values)
 
     def save(self, folder: Path, name: str) -> None:
@@ -148,46 +149,61 @@ class Evaluator:
     def _measure(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        own = self._processes.share(len(self.prompts))
+        groupwise = reward.groupwise or (heldout is not None and heldout.groupwise)
+        unit = self._config.images_per_prompt if groupwise else 1
+        share = self._processes.share(len(self.prompts) // unit)
+        own = range(share.start * unit, share.stop * unit)
+        buffer = GroupBuffer(unit)
         starts = range(own.start, own.stop, self._batch_size)
         label = "evaluating (ODE)" if ode else "evaluating"
-        parts: list[dict[str, Tensor]] = []
+        sampled: list[dict[str, Tensor]] = []
+        scored: list[dict[str, Tensor]] = []
         failure = None
         try:
             for start in self._progress.track(starts, label):
                 indices = range(start, min(start + self._batch_size, own.stop))
-                parts.append(self._batch(policy, reward, heldout, indices, ode=ode))
+                images, condition, kl = self._sample(policy, indices, ode=ode)
+                sampled.append({**kl, _IMAGES: (images * 255).round().to(torch.uint8).cpu()})
+                for batch in buffer.add(images, condition.prompts, condition.metadata):
+                    scored.append(_scored(batch, reward, heldout))
         except RewardError as error:
             failure = error
         fail_together(self._processes, failure)
-        own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        own_values = _joined(scored) | _joined(sampled)
         everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
-        values = {name: torch.cat([part[name] for part in everyones]) for name in everyones[0]}
+        values = _joined(everyones)
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
             values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
-    def _batch(
-        self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
-    ) -> dict[str, Tensor]:
+    def _sample(
+        self, policy: Policy, indices: range, *, ode: bool
+    ) -> tuple[Tensor, Condition, dict[str, Tensor]]:
+        """Images of some of the set, what they were conditioned on, and their path KL where it was measured."""
         batch = [self.prompts[i] for i in indices]
         condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
         seeds = sample_seeds(self._config.seed, 0, indices)
         with policy.noise_free() if ode else nullcontext():
             trajectory = rollout(policy, condition, seeds, with_kl=not ode)
             images = policy.decode(trajectory.final)
-        scores = reward(images, condition.prompts, condition.metadata)
-        values = {"reward": scores.total, **scores.components}
-        if heldout is not None:
-            held = heldout(images, condition.prompts, condition.metadata)
-            values |= {f"heldout/{name}": value for name, value in held.components.items()}
-        if trajectory.kl is not None:
-            values[KL] = trajectory.kl.sum(1).cpu()
-        return {
-            **{name: v.float() for name, v in values.items()},
-            _IMAGES: (images * 255).round().to(torch.uint8).cpu(),
-        }
+        kl = {} if trajectory.kl is None else {KL: trajectory.kl.sum(1).cpu().float()}
+        return images, condition, kl
+
+
+def _scored(batch: ImageBatch, reward: WeightedSum, heldout: WeightedSum | None) -> dict[str, Tensor]:
+    """Total, raw components and held-out rewards of some images, (B,) float32 each."""
+    scores = reward(batch.images, batch.prompts, batch.metadata, batch.groups)
+    values = {"reward": scores.total, **scores.components}
+    if heldout is not None:
+        held = heldout(batch.images, batch.prompts, batch.metadata, batch.groups)
+        values |= {f"heldout/{name}": value for name, value in held.components.items()}
+    return {name: value.float() for name, value in values.items()}
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of equal names, concatenated; nothing for no parts."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def diversity(images: Tensor, images_per_prompt: int) -> Tensor:

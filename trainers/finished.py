@@ -111,7 +111,7 @@ def load_state(folder: RunFolder, config: Config, processes: Processes, *, check
         CheckpointError: The run has none, or it is damaged.
     """
     contents = load_checkpoint(checkpoint_to_resume(folder, checkpoint))
-    reward = WeightedSum(config.rewards, device=processes.device)
+    reward = WeightedSum(config.terms, device=processes.device)
     policy = load_policy(config, str(processes.device))
     unused = PromptStream(evaluation_prompts(config), seed=config.seed, shuffle=False)
     state = TrainState.start(config, policy, reward, unused)

@@ -67,6 +67,9 @@ def train(
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
     total = reward if isinstance(reward, WeightedSum) else WeightedSum.of(as_reward(reward))
     config = replace(config, rewards=total.terms)
+    if config.terms != config.rewards:
+        missing = ", ".join(term.name for term in config.terms[len(config.rewards) :])
+        raise ValueError(f"constraints name {missing}, which the reward lacks; add it to the WeightedSum with weight 0")
     evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
     processes = Processes(device=policy.device.type)
     if resume is None:
@@ -130,7 +133,7 @@ def _train(session: Session) -> Path:
     if state.epoch == 0:
         _evaluate(session, evaluations)
     out_of_time = False
-    with Scorer(state.reward) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
+    with Scorer(state.reward, group_size=session.plan.group_size) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
         for _ in bar:
             if out_of_time:
                 break
@@ -151,6 +154,8 @@ def _train(session: Session) -> Path:
             state.seconds += time.perf_counter() - started
             _log(session, collected, report, clock)
             state.alpha = next_alpha(config.kl, state.alpha, collected.path_kl)
+            state.multipliers.update(collected.constraints.means)
+            state.reward.epoch = state.epoch
             minutes = state.seconds / 60
             out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
             last = out_of_time or state.epoch == config.epochs

@@ -57,7 +57,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
 def load_session(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
     """Loads rewards, prompts and the policy of a configuration."""
     device = str(processes.device)
-    reward = WeightedSum(config.rewards, device=device)
+    reward = WeightedSum(config.terms, device=device)
     heldout = load_heldout(config, device)
     texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
     policy = load_policy(config, device)

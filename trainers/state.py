@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpo import Policy
 from ddpo.advantages import AdvantageEstimator
+from ddpo.lagrangian import Multipliers
 from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
@@ -33,6 +34,7 @@ class TrainState:
         ema: Averaged weights.
         advantages: Remembered scores per prompt.
         reward: Running scales of the rewards.
+        multipliers: Of the constraints.
         prompts: Position in the prompt source.
         alpha: Present KL weight, reward units per nat.
         epoch: Finished epochs.
@@ -50,6 +52,7 @@ class TrainState:
     ema: Ema
     advantages: AdvantageEstimator
     reward: WeightedSum
+    multipliers: Multipliers
     prompts: PromptStream
     alpha: float
     epoch: int = 0
@@ -82,6 +85,7 @@ class TrainState:
             ema=Ema(parameters, options.ema_decay),
             advantages=AdvantageEstimator(config.advantages),
             reward=reward,
+            multipliers=Multipliers(config.constraints),
             prompts=prompts,
             alpha=config.kl.alpha,
         )
@@ -115,10 +119,12 @@ class TrainState:
             self.scaler.load_state_dict(values["scaler"])
         self.advantages.load_state_dict(values["advantages"])
         self.reward.load_state_dict(values["reward"])
+        self.multipliers.load_state_dict(values.get("multipliers", {}))
         self.prompts.position = values["prompts"]
         self.ema.steps = values["ema_steps"]
         for name in COUNTERS:
             setattr(self, name, values[name])
+        self.reward.epoch = self.epoch
         rank = str(processes.rank)
         if rank in values["rng"]:
             set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
@@ -138,6 +144,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "reward": self.reward.state_dict(),
+            "multipliers": self.multipliers.state_dict(),
             "prompts": self.prompts.position,
             "ema_steps": self.ema.steps,
         }
