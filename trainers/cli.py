@@ -89,6 +89,11 @@ def _run(arguments: list[str]) -> int:
             return 0
         rest, overrides = split_overrides(arguments[1:], own=("--resume", "--checkpoint", "--num-processes"))
         arguments = [command, *rest]
+    elif command == "pareto" and "--sweep" in arguments:
+        from trainers.overrides import split_overrides
+
+        rest, overrides = split_overrides(arguments[1:], own=("--sweep", "--weights", "--x", "--y", "--out", "--help"))
+        arguments = [command, *rest]
     options = parser.parse_args(arguments)
     return options.run_command(options, overrides) or 0
 
@@ -199,6 +204,15 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
     return check(subject)
 
 
+def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
+    from trainers.pareto import report, sweep
+
+    if (options.sweep is None) != (options.weights is None):
+        raise ValueError("--sweep CONFIG and --weights NAME=0,1,5 go together")
+    swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
+    print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
+
+
 def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
     from trainers.tracking import show_dashboard
 
@@ -252,6 +266,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_evaluate(commands)
     _add_verify(commands)
     _add_check(commands)
+    _add_pareto(commands)
     _add_dashboard(commands)
     _add_rewards(commands)
     return parser, {"train": train, "plan": plan}
@@ -348,6 +363,27 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
     parser.add_argument("--height", type=_positive, help="pixels (default: the pipeline's own)")
     parser.add_argument("--width", type=_positive, help="pixels (default: the pipeline's own)")
+
+
+_PARETO_EPILOG = """\
+Reads the evaluations of finished or running runs. More is better in every measure but kl.
+
+  ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
+  ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
+
+With --sweep, any --key value of a configuration goes to every run; runs that are finished already are kept.
+"""
+
+
+def _add_pareto(commands: argparse._SubParsersAction) -> None:
+    about = "the runs that no other one beats in two measures: table, JSON, figure"
+    parser = _command(commands, "pareto", _pareto, about, epilog=_PARETO_EPILOG)
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders")
+    parser.add_argument("--x", metavar="MEASURE", help="horizontal axis, e.g. shapes or kl (default: first reward)")
+    parser.add_argument("--y", metavar="MEASURE", help="vertical axis (default: second reward, or first held-out one)")
+    parser.add_argument("--out", type=Path, default=Path("pareto.png"), help="picture (default %(default)s)")
+    parser.add_argument("--sweep", metavar="CONFIG", help="train this configuration once for each of --weights")
+    parser.add_argument("--weights", metavar="NAME=0,1,5", help="with --sweep: a reward and its weights")
 
 
 def _add_dashboard(commands: argparse._SubParsersAction) -> None:

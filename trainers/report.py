@@ -49,6 +49,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         "optimizer/grad_norm": report.grad_norm,
         "optimizer/learning_rate": report.learning_rate,
         "optimizer/skipped": state.skipped,
+        **({"evaluation/overoptimised": state.overoptimised} if state.config.heldout_rewards else {}),
         "per_step/kl_nats": collected.kl_per_step.tolist(),
         "per_step/gate_nats": report.gate.tolist(),
         "per_step/log_ratio": report.per_step["log_ratio"].tolist(),

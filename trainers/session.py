@@ -10,6 +10,7 @@ from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoint, load_checkpoint
 from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
+from trainers.overoptimisation import discard_evaluations
 from trainers.plan import BatchPlan, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
@@ -148,5 +149,6 @@ def restore(session: Session, source: Path) -> None:
         run.note_resume(source.name)
         run.truncate_metrics(session.state.epoch)
         discard_after(run.path, session.state.epoch)
+        discard_evaluations(run.path / "evaluations", session.state.epoch)
     session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
     processes.wait()

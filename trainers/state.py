@@ -43,6 +43,7 @@ class TrainState:
         skipped_in_a_row: The same, since the last good one.
         samples: Images sampled for training, over all processes.
         seconds: Time spent in epochs; evaluations and checkpoints not included.
+        overoptimised: Newest evaluations in a row that found over-optimisation.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     samples: int = 0
     seconds: float = 0.0
+    overoptimised: int = 0
 
     @classmethod
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
@@ -124,6 +126,7 @@ class TrainState:
         self.ema.steps = values["ema_steps"]
         for name in COUNTERS:
             setattr(self, name, values[name])
+        self.overoptimised = values.get("overoptimised", 0)
         self.reward.epoch = self.epoch
         rank = str(processes.rank)
         if rank in values["rng"]:
@@ -147,6 +150,7 @@ class TrainState:
             "multipliers": self.multipliers.state_dict(),
             "prompts": self.prompts.position,
             "ema_steps": self.ema.steps,
+            "overoptimised": self.overoptimised,
         }
 
     def _load_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
