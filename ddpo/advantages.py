@@ -10,13 +10,23 @@ Kool et al. 2019): mean-including baselines shrink the first term by (G - 1) / G
 G / (G - 1), 14% for groups of 8.
 
 Dividing by a standard deviation (GRPO, DDPO) divides the whole objective: rewards, cost-to-go and the direct KL term,
-so that alpha stays in reward units per nat. B samples, T steps, G samples a group.
+so that alpha stays in reward units per nat.
+
+GDPO (arXiv:2601.05242) normalises each reward r_j by itself, sums, and normalises the sum over the batch:
+
+    A_j = (r_j - mean_group r_j) / std_group r_j,    A = sum_j w_j A_j,    A <- (A - mean_batch A) / std_batch A
+
+so that a reward of small spread is not drowned by one of large spread, and groups that agree in their sum but differ in
+its parts get different advantages. The weights then speak of deviations, not of reward units, and so does alpha. The
+group mean here leaves the sample itself out, a factor G / (G - 1) that the last division removes.
+
+B samples, T steps, G samples a group.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +50,9 @@ class AdvantageConfig:
         clip: Advantages are clipped to [-clip, clip]; null for never.
         min_count: With `prompt`: scores a prompt needs before its own statistics are used.
         buffer_size: With `prompt`: scores remembered per prompt.
+        combination: `sum` takes the advantage of the weighted sum of rewards. `gdpo` takes each reward's advantage by
+            `baseline` and `scale`, sums them by weight, and normalises the sum over the batch; alpha is then in units
+            of that sum per nat, and `normalize` of the rewards has no effect.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -49,8 +62,11 @@ class AdvantageConfig:
     clip: float | None = 5.0
     min_count: int = 16
     buffer_size: int = 32
+    combination: Literal["sum", "gdpo"] = "sum"
 
     def __post_init__(self) -> None:
+        cure = "sum, or baseline group or batch: gdpo compares the samples of one epoch"
+        check(self.combination == "sum" or self.baseline != "prompt", "combination", self.combination, cure)
         check(self.clip is None or self.clip > 0, "clip", self.clip, "positive or null")
         check(self.min_count >= 2, "min_count", self.min_count, "at least 2")
         check(self.buffer_size >= self.min_count, "buffer_size", self.buffer_size, "at least min_count")
@@ -73,6 +89,13 @@ class Advantages:
     clipped: float
 
 
+class Part(NamedTuple):
+    """One reward of several: its weight and raw scores (B,)."""
+
+    weight: float
+    scores: Tensor
+
+
 class AdvantageEstimator:
     """Turns an epoch's scores into advantages; remembers scores per prompt where the baseline is `prompt`."""
 
@@ -81,7 +104,16 @@ class AdvantageEstimator:
         self._history: dict[str, deque[float]] = {}
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, prompts: Sequence[str], *, kl: Tensor | None, alpha: float, num_steps: int
+        self,
+        scores: Tensor,
+        groups: Tensor,
+        prompts: Sequence[str],
+        *,
+        kl: Tensor | None,
+        alpha: float,
+        num_steps: int,
+        parts: Sequence[Part] = (),
+        potential: Tensor | None = None,
     ) -> Advantages:
         """Advantages of an epoch, over all processes.
 
@@ -92,30 +124,56 @@ class AdvantageEstimator:
             kl: Per-step KL at the sampled states, (B, T) nats; may be None where alpha is 0.
             alpha: Reward units per nat.
             num_steps: T.
+            parts: The rewards that make up `scores`; needed by `gdpo` alone.
+            potential: Shaping potential before each action, (B, T) reward units; see `ddpo.potential`.
         """
         assert kl is not None or alpha == 0.0, "the cost-to-go needs the KL of every step"
         scores = scores.double()
         batch = torch.zeros_like(groups)
         population = groups if self.config.baseline == "group" else batch
         cost = scores.new_zeros(len(scores), num_steps) if kl is None else cost_to_go(kl.double(), alpha)
+        if potential is not None:
+            cost = cost + potential.double()
         cost = leave_one_out(cost, population)
-        if self.config.baseline == "prompt":
+        if self.config.combination == "gdpo":
+            centered, std = self._decoupled(parts, population, batch)
+        elif self.config.baseline == "prompt":
             centered, std = self._running(scores, prompts)
         else:
             centered, std = leave_one_out(scores, population), _std(scores, population)
-        if self.config.scale == "batch_std":
-            std = _std(scores, batch)
-        scale = torch.ones_like(scores) if self.config.scale == "none" else std
+        scale = std if self.config.combination == "gdpo" else self._scale(scores, batch, std)
         flat = scale <= _EPSILON
         scale = scale.masked_fill(flat, torch.inf)
         values = (centered[:, None] - cost) / scale[:, None]
+        signal = centered if self.config.combination == "gdpo" else scores
         bound = torch.inf if self.config.clip is None else self.config.clip
         return Advantages(
             values=values.clamp(-bound, bound).float(),
             kl_weight=(alpha / scale).float(),
-            zero_variance_groups=torch.unique(groups[_std(scores, groups) <= _EPSILON]).numel(),
+            zero_variance_groups=torch.unique(groups[_std(signal, groups) <= _EPSILON]).numel(),
             clipped=float((values.abs() > bound).double().mean()),
         )
+
+    def _scale(self, scores: Tensor, batch: Tensor, std: Tensor) -> Tensor:
+        """What scores are divided by, (B,), given the standard deviation of the baseline's population."""
+        match self.config.scale:
+            case "none":
+                return torch.ones_like(scores)
+            case "batch_std":
+                return _std(scores, batch)
+        return std
+
+    def _decoupled(self, parts: Sequence[Part], population: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """GDPO: the weighted sum of each reward's own advantages, without its mean, and its batch std, (B,) each."""
+        if not parts:
+            raise ValueError("combination: gdpo needs the raw scores of each reward")
+        total = torch.zeros(len(batch), dtype=torch.float64, device=batch.device)
+        for weight, raw in parts:
+            scores = raw.double()
+            scale = self._scale(scores, batch, _std(scores, population))
+            own = leave_one_out(scores, population) / scale.masked_fill(scale <= _EPSILON, torch.inf)
+            total = total + weight * own
+        return total - total.mean(), _std(total, batch)
 
     def _running(self, scores: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Scores minus their prompt's running mean, and its std, (B,) each, this epoch's scores included (DDPO)."""

@@ -24,7 +24,7 @@ from ddpo.gaussian import Gaussian
 from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
-from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, transition
+from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, find_denoiser, trace
 from ddpo.trajectory import Condition
@@ -159,6 +159,18 @@ class Policy:
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
         output = rule.combine(negative, positive, self.sampler.guidance_scale)
         return transition(self.schedule, k, x, output, kind=self._kind)
+
+    def predicted_x0(self, k: int | Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """The clean latents that the guided network predicts from x at step k, (B, *latent); one pass of the network.
+
+        Args:
+            k: Step index, an int or (B,) int64.
+            x: Latents, (B, *latent).
+            condition: B rows.
+        """
+        negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
+        output = self.rule.combine(negative, positive, self.sampler.guidance_scale)
+        return predicted(self.schedule, k, x, output, kind=self._kind).x0
 
     def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
         """The guided and the unguided distribution from one pass of the network."""

@@ -29,7 +29,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from ddpo.gaussian import Gaussian
-from ddpo.prediction import predict
+from ddpo.prediction import Prediction, predict
 from ddpo.schedule import Grid, PredictionType, Schedule
 from ddpo.step_selection import StepSelection, select_steps
 from ddpo.validation import FieldError, check
@@ -240,8 +240,8 @@ def epoch_schedule(noisy: Schedule, ode: Schedule, selection: StepSelection, *, 
     )
 
 
-def transition(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *, kind: PredictionType) -> Gaussian:
-    """The distribution of the next latents, from what the denoiser returned.
+def predicted(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *, kind: PredictionType) -> Prediction:
+    """Clean latents and noise, from what the denoiser returned.
 
     Args:
         schedule: Coefficients of the chain.
@@ -249,12 +249,23 @@ def transition(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *
         x: Latents, (B, *latent); the result has their precision.
         output: The denoiser's output after guidance, (B, *latent).
         kind: What the output is.
+
+    Returns:
+        x0_hat (clipped where the schedule says so) and eps_hat, (B, *latent) each.
     """
-    shape = (-1, *[1] * (x.ndim - 1))
+    prediction = predict(output.to(x.dtype), x, _at(schedule.a, k, x), _at(schedule.s, k, x), kind=kind)
+    if schedule.clip is None:
+        return prediction
+    return replace(prediction, x0=prediction.x0.clamp(-schedule.clip, schedule.clip))
 
-    def at(values: Tensor) -> Tensor:
-        return values[k].to(x.dtype).reshape(shape)
 
-    prediction = predict(output.to(x.dtype), x, at(schedule.a), at(schedule.s), kind=kind)
-    x0 = prediction.x0 if schedule.clip is None else prediction.x0.clamp(-schedule.clip, schedule.clip)
-    return Gaussian(mean=at(schedule.a_next) * x0 + at(schedule.direction) * prediction.eps, std=at(schedule.std))
+def transition(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *, kind: PredictionType) -> Gaussian:
+    """The distribution of the next latents, from what the denoiser returned; arguments as for `predicted`."""
+    prediction = predicted(schedule, k, x, output, kind=kind)
+    mean = _at(schedule.a_next, k, x) * prediction.x0 + _at(schedule.direction, k, x) * prediction.eps
+    return Gaussian(mean=mean, std=_at(schedule.std, k, x))
+
+
+def _at(values: Tensor, k: int | Tensor, x: Tensor) -> Tensor:
+    """The coefficients of step k in the precision of x, (B or 1, 1, ...)."""
+    return values[k].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

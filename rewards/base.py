@@ -5,6 +5,9 @@ float32 in [0, 1], `B` prompts, `B` metadata dictionaries (whatever the prompt s
 is better. It may instead return a dictionary of such tensors in which `"score"` is the total and every other key a
 component to report.
 
+A reward declared `groupwise` compares images of one prompt with each other: it is called with one whole group at a
+time, and the scores of one group depend on no other.
+
 `Reward` wraps the callable so that a wrong result never reaches training: its errors name the reward, the sample and
 the sample's prompt.
 
@@ -56,6 +59,7 @@ class Reward:
             None = not stated.
         description: one sentence.
         source: where it is defined, for messages.
+        groupwise: whether `function` takes one whole group of images, of one prompt, at a time.
     """
 
     name: str
@@ -64,14 +68,22 @@ class Reward:
     range: tuple[float, float] | None = None
     description: str = ""
     source: str = ""
+    groupwise: bool = False
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        groups: Sequence[int] | None = None,
+    ) -> Scores:
         """Score images without gradients.
 
         Args:
             images: `(B, 3, H, W)` floating point in [0, 1].
             prompts: the `B` prompts the images were drawn for.
             metadata: `B` dictionaries, empty where the prompt source gives none.
+            groups: `B` ids, equal for images that a groupwise reward compares; by equal prompts when None.
 
         Returns:
             Detached float32 scores on the CPU.
@@ -81,16 +93,28 @@ class Reward:
             RewardError: the reward raised, or its result is not one finite number per image.
         """
         check_inputs(images, prompts, metadata)
-        return self.score_checked(images, prompts, metadata)
+        return self.score_checked(images, prompts, metadata, groups)
 
-    def score_checked(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    def score_checked(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        groups: Sequence[int] | None = None,
+    ) -> Scores:
         """`__call__` for inputs that already went through `check_inputs`."""
         with torch.no_grad():
-            scores = self._run(images, prompts, metadata)
+            scores = self._score(images, prompts, metadata, groups)
         detached = {name: values.detach().cpu() for name, values in scores.components.items()}
         return Scores(total=scores.total.detach().cpu(), components=detached)
 
-    def differentiable_score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    def differentiable_score(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        groups: Sequence[int] | None = None,
+    ) -> Scores:
         """Score images with the graph kept, so that `total.sum().backward()` reaches the images.
 
         Valid only for rewards declared differentiable.
@@ -99,6 +123,7 @@ class Reward:
             images: `(B, 3, H, W)` floating point in [0, 1].
             prompts: the `B` prompts.
             metadata: `B` dictionaries.
+            groups: as for `__call__`.
 
         Returns:
             float32 scores on the device where the reward computed them.
@@ -114,13 +139,32 @@ class Reward:
             )
         check_inputs(images, prompts, metadata)
         with torch.enable_grad():
-            scores = self._run(images, prompts, metadata)
+            scores = self._score(images, prompts, metadata, groups)
         if images.requires_grad and not scores.total.requires_grad:
             raise RewardError(
                 f"reward {self.name!r} is declared differentiable but its score has no gradient ({self.source}); "
                 f"remove the detach(), no_grad() or numpy step in it, or declare differentiable=False"
             )
         return scores
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], groups: Sequence[int] | None
+    ) -> Scores:
+        """All images in one call, or a call for each group."""
+        if not self.groupwise:
+            return self._run(images, prompts, metadata)
+        rows = group_rows(prompts, groups)
+        parts = [self._run(images[own], [prompts[b] for b in own], [metadata[b] for b in own]) for own in rows]
+        order = torch.tensor([b for own in rows for b in own]).argsort()
+
+        def restore(values: list[Tensor]) -> Tensor:
+            joined = torch.cat(values)
+            return joined[order.to(joined.device)]
+
+        return Scores(
+            total=restore([part.total for part in parts]),
+            components={name: restore([part.components[name] for part in parts]) for name in parts[0].components},
+        )
 
     def _run(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
         version = None if images.is_inference() else images._version
@@ -153,6 +197,24 @@ def check_inputs(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
         if isinstance(values, str) or len(values) != images.shape[0]:
             count = "a single string" if isinstance(values, str) else str(len(values))
             raise ValueError(f"{label} must have one entry for each of the {images.shape[0]} images, got {count}")
+
+
+def group_rows(prompts: Sequence[str], groups: Sequence[int] | None) -> list[list[int]]:
+    """Rows of each group, in the order in which groups first occur.
+
+    Args:
+        prompts: `B` texts, which name the groups when `groups` is None.
+        groups: `B` ids, or None.
+
+    Raises:
+        ValueError: the ids are not one for each prompt.
+    """
+    if groups is not None and len(groups) != len(prompts):
+        raise ValueError(f"groups must have one id for each of the {len(prompts)} images, got {len(groups)}")
+    rows: dict[str | int, list[int]] = {}
+    for b, key in enumerate(prompts if groups is None else groups):
+        rows.setdefault(key, []).append(b)
+    return list(rows.values())
 
 
 def _check_result(reward: Reward, result: object, prompts: Sequence[str]) -> Scores:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from rewards.base import Reward
 from rewards.card import Card
 from rewards.construct import Registration
 from rewards.optional import installed
@@ -50,15 +51,34 @@ def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[s
     reward = resolve(name)
     paths = expand(image_paths)
     prompts = _prompts(prompt, len(paths))
-    rows = []
-    for path, text in zip(paths, prompts, strict=True):
-        scores = reward(load_image(path), [text], [{}])  # one at a time: files differ in size
-        rows.append([float(scores.total), *(float(values) for values in scores.components.values())])
-        header = [reward.name, *scores.components]
+    names, rows = _score_group(reward, paths, prompts) if reward.groupwise else _score_each(reward, paths, prompts)
+    header = [reward.name, *names]
     cells = [[str(path), *_numbers(row)] for path, row in zip(paths, rows, strict=True)]
     if len(rows) > 1:
         cells.append(["mean", *_numbers(np.mean(rows, axis=0))])
     return table(["image", *header], cells, right=True)
+
+
+def _score_each(reward: Reward, paths: Sequence[Path], prompts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+    """Names of the components, and total and components of each file; one at a time, as files differ in size."""
+    rows, names = [], []
+    for path, text in zip(paths, prompts, strict=True):
+        scores = reward(load_image(path), [text], [{}])
+        rows.append([float(scores.total), *(float(values) for values in scores.components.values())])
+        names = list(scores.components)
+    return names, rows
+
+
+def _score_group(reward: Reward, paths: Sequence[Path], prompts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+    """The same for a reward that compares images: all files of equal prompts together."""
+    images = [load_image(path) for path in paths]
+    sizes = sorted({(image.shape[3], image.shape[2]) for image in images})
+    if len(sizes) > 1:
+        listed = " and ".join(f"{width} x {height}" for width, height in sizes[:2])
+        raise ValueError(f"reward {reward.name!r} compares images with each other; they must be of one size, got {listed}")
+    scores = reward(torch.cat(images), prompts, [{}] * len(prompts))
+    columns = torch.stack([scores.total, *scores.components.values()])
+    return list(scores.components), columns.T.tolist()
 
 
 def run_selftests(

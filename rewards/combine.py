@@ -1,21 +1,19 @@
 """A weighted sum of rewards, with every part reported.
 
-    total_b = sum_j w_j · r_j(b) / scale_j
-    scale_j = 1, or the running standard deviation of all scores of reward j so far
+    total_b = sum_j w_j(e) · n_j(r_j(b))        w_j(e) = weight x schedule(epoch), see `rewards.curriculum`
+                                                n_j    = identity or a running normalisation, `rewards.normalization`
 
-Dividing by the standard deviation lets weights mean "share of the signal" whatever the unit of a reward (kB, cosine,
-probability). No mean is subtracted: a constant cancels in the advantages, and the total keeps its sign and zero. The
-scale drifts with what has been seen, so totals of distant epochs are only comparable for `normalize="none"`; the raw
-components always are.
+With a normalisation the scale drifts with what has been seen, so totals of distant epochs are only comparable for
+`normalize: none` and a constant weight; the raw components always are.
 
-Scales change in `update` alone, which the trainer calls once an epoch with the scores gathered from all processes;
+Statistics change in `update` alone, which the trainer calls once an epoch with the scores gathered from all processes;
 between two updates `total` is a pure function, hence the same on every process. Per epoch:
 
-    scores = reward(images, prompts, metadata)      on each process, components raw
-    reward.update(gathered_components)              the same call on every process
-    total = reward.total(gathered_components)
+    scores = reward(images, prompts, metadata)               on each process, components raw
+    reward.update(gathered_components, prompts)              the same call on every process
+    total = reward.total(gathered_components, prompts)
 
-Welford's recurrence in its batch form (Chan, Golub, LeVeque 1983), float64. Legend: `B` batch.
+Legend: `B` batch.
 """
 
 from __future__ import annotations
@@ -23,17 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, final, get_args
+from typing import ClassVar, final, get_args
 
 import torch
 from torch import Tensor
 
 from rewards.base import Metadata, Reward, Scores, check_inputs
+from rewards.curriculum import WeightSchedule
+from rewards.normalization import Moments, Normalization, Normalizer
 from rewards.registry import resolve
 
-Normalization = Literal["none", "std"]
-
-_RELATIVE_FLOOR = 1e-6
+__all__ = ["Moments", "Normalization", "RewardTerm", "WeightedSum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +41,10 @@ class RewardTerm:
     Attributes:
         name: registered name, `file.py:name` or `module:name`.
         weight: factor in the sum; negative to minimise.
-        normalize: `std` divides the score by its running standard deviation, `none` leaves it in its own unit.
+        normalize: `std` divides the score by its running standard deviation, `zscore` also subtracts the running mean,
+            `prompt_zscore` does so with each prompt's own mean and deviation; `none` leaves it in its own unit.
         options: keyword arguments for a reward class.
+        schedule: course of the weight over the epochs, e.g. `{epochs: [0, 50], factors: [0, 1]}`; null keeps it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -53,6 +53,7 @@ class RewardTerm:
     weight: float = 1.0
     normalize: Normalization = "none"
     options: dict[str, object] = field(default_factory=dict)
+    schedule: WeightSchedule | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -60,53 +61,22 @@ class RewardTerm:
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be a finite number, got {self.weight}")
         if self.normalize not in get_args(Normalization):
-            raise ValueError(f"normalize must be 'none' or 'std', got {self.normalize!r}")
+            kinds = ", ".join(map(repr, get_args(Normalization)))
+            raise ValueError(f"normalize must be one of {kinds}, got {self.normalize!r}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Running moments of one reward's scores.
-
-    Attributes:
-        count: scores seen.
-        mean: their mean.
-        squares: sum of squared deviations from the mean.
-    """
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def including(self, values: Tensor) -> Moments:
-        """Moments of everything seen and `values` `(B,)` together."""
-        added = values.detach().to("cpu", torch.float64).flatten()
-        if added.numel() == 0:
-            return self
-        count = self.count + added.numel()
-        added_mean = float(added.mean())
-        delta = added_mean - self.mean
-        return Moments(
-            count=count,
-            mean=self.mean + delta * added.numel() / count,
-            squares=self.squares
-            + float((added - added_mean).square().sum())
-            + delta**2 * self.count * added.numel() / count,
-        )
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over all scores seen (divided by the count); 0 before any."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-    @property
-    def scale(self) -> float:
-        """What scores are divided by: `std`, or 1 while all scores seen are equal to rounding."""
-        return self.std if self.std > _RELATIVE_FLOOR * abs(self.mean) else 1.0
+    def weight_at(self, epoch: int) -> float:
+        """The weight after `epoch` finished epochs."""
+        return self.weight if self.schedule is None else self.weight * self.schedule.at(epoch)
 
 
 @final
 class WeightedSum:
     """Callable like a reward; components are `<reward>` (raw) and `<reward>/<component>`.
+
+    Attributes:
+        terms: what is summed.
+        rewards: the rewards of `terms`.
+        epoch: finished epochs, which set scheduled weights; whoever trains keeps it up to date.
 
     Args:
         terms: what to sum, at least one.
@@ -140,7 +110,10 @@ class WeightedSum:
             specs[reward.name] = term.name
         self.terms = tuple(terms)
         self.rewards = tuple(rewards)
-        self._moments = {reward.name: Moments() for reward in rewards}
+        self.epoch = 0
+        self._normalizers = {
+            reward.name: Normalizer(reward.name, term.normalize) for term, reward in zip(terms, rewards, strict=True)
+        }
 
     @classmethod
     def of(cls, *rewards: Reward) -> WeightedSum:
@@ -152,65 +125,88 @@ class WeightedSum:
         """Whether gradients reach the images through every term."""
         return all(reward.differentiable for reward in self.rewards)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    @property
+    def groupwise(self) -> bool:
+        """Whether some term compares the images of a group, so that whole groups must be scored together."""
+        return any(reward.groupwise for reward in self.rewards)
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        groups: Sequence[int] | None = None,
+    ) -> Scores:
         """Score images without gradients; see `Reward.__call__`. The total uses the scales of the last `update`."""
         check_inputs(images, prompts, metadata)
-        parts = [reward.score_checked(images, prompts, metadata) for reward in self.rewards]
-        return self._assemble(parts)
+        parts = [reward.score_checked(images, prompts, metadata, groups) for reward in self.rewards]
+        return self._assemble(parts, prompts)
 
-    def differentiable_score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    def differentiable_score(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        groups: Sequence[int] | None = None,
+    ) -> Scores:
         """Score images with the graph kept; valid when every term is differentiable (`Reward.differentiable_score`)."""
-        parts = [reward.differentiable_score(images, prompts, metadata) for reward in self.rewards]
-        return self._assemble(parts)
+        parts = [reward.differentiable_score(images, prompts, metadata, groups) for reward in self.rewards]
+        return self._assemble(parts, prompts)
 
-    def total(self, components: Mapping[str, Tensor]) -> Tensor:
-        """The weighted, normalised sum `(B,)` of raw components, by the scales of the last `update`."""
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str] | None = None) -> Tensor:
+        """The weighted, normalised sum `(B,)` of raw components, by the scales of the last `update`.
+
+        Args:
+            components: raw scores by reward, each `(B,)`.
+            prompts: `B` texts; may be None unless a term is normalised per prompt.
+        """
         scaled = [
-            components[reward.name] * (term.weight / self.scale(reward.name))
-            for term, reward in zip(self.terms, self.rewards, strict=True)
+            self._normalizers[name].apply(components[name], prompts, weight=weight)
+            for name, weight in self.weights().items()
         ]
         return torch.stack(scaled).sum(dim=0)
 
-    def scale(self, name: str) -> float:
-        """What scores of the reward `name` are divided by at the moment; 1 without normalisation."""
-        normalize = next(term.normalize for term, reward in self._pairs() if reward.name == name)
-        return self._moments[name].scale if normalize == "std" else 1.0
+    def component_of(self, spec: str) -> str:
+        """The name under which a reward is reported that a configuration calls `spec`; `spec` itself if it is none."""
+        pairs = zip(self.terms, self.rewards, strict=True)
+        return next((reward.name for term, reward in pairs if spec in (term.name, reward.name)), spec)
 
-    def update(self, components: Mapping[str, Tensor]) -> None:
-        """Take an epoch's raw scores, of all processes, into the running moments."""
-        self._moments = {name: moments.including(components[name]) for name, moments in self._moments.items()}
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Running moments by reward, for JSON; restores exactly."""
+    def weights(self) -> dict[str, float]:
+        """The weight of each reward at the present epoch, before normalisation."""
         return {
-            name: {"count": moments.count, "mean": moments.mean, "squares": moments.squares}
-            for name, moments in self._moments.items()
+            reward.name: term.weight_at(self.epoch) for term, reward in zip(self.terms, self.rewards, strict=True)
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+    def scale(self, name: str) -> float:
+        """What scores of the reward `name` are divided by at the moment; 1 without normalisation."""
+        return self._normalizers[name].scale
+
+    def update(self, components: Mapping[str, Tensor], prompts: Sequence[str] | None = None) -> None:
+        """Take an epoch's raw scores, of all processes, and their prompts into the running statistics."""
+        for name, normalizer in self._normalizers.items():
+            normalizer.update(components[name], prompts)
+
+    def state_dict(self) -> dict[str, dict[str, object]]:
+        """Running statistics by reward, for JSON; restores exactly."""
+        return {name: normalizer.state_dict() for name, normalizer in self._normalizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         """Continue from `state_dict()`.
 
         Raises:
             ValueError: the state belongs to other rewards.
         """
-        if set(state) != set(self._moments):
+        if set(state) != set(self._normalizers):
             raise ValueError(
                 f"the saved reward statistics are of {', '.join(sorted(state)) or 'nothing'}, this run's rewards are "
-                f"{', '.join(sorted(self._moments))}; resume with the rewards the run was started with"
+                f"{', '.join(sorted(self._normalizers))}; resume with the rewards the run was started with"
             )
-        self._moments = {
-            name: Moments(
-                count=int(state[name]["count"]), mean=float(state[name]["mean"]), squares=float(state[name]["squares"])
-            )
-            for name in self._moments
-        }
+        for name, normalizer in self._normalizers.items():
+            normalizer.load_state_dict(state[name])
 
-    def _pairs(self) -> list[tuple[RewardTerm, Reward]]:
-        return list(zip(self.terms, self.rewards, strict=True))
-
-    def _assemble(self, parts: Sequence[Scores]) -> Scores:
+    def _assemble(self, parts: Sequence[Scores], prompts: Sequence[str]) -> Scores:
         components = {}
         for reward, part in zip(self.rewards, parts, strict=True):
             components[reward.name] = part.total
             components |= {f"{reward.name}/{name}": values for name, values in part.components.items()}
-        return Scores(total=self.total(components), components=components)
+        return Scores(total=self.total(components, prompts), components=components)

@@ -29,6 +29,13 @@ class ReportsAs(Protocol):
         """`reward`, which calls this object, as it is to be shown."""
 
 
+@runtime_checkable
+class DeclaresGroups(Protocol):
+    """A reward object that knows only once it is made whether it compares the images of a group, by its options."""
+
+    groupwise: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registration:
     """What is known about a reward function or class before it is used.
@@ -41,6 +48,7 @@ class Registration:
         description: one sentence; the first line of the docstring when not given.
         source: `module.name (file:line)`.
         card: provenance, licence and typical scores.
+        groupwise: whether it scores one whole group of images at a time.
     """
 
     name: str
@@ -50,6 +58,7 @@ class Registration:
     description: str
     source: str
     card: Card = Card()
+    groupwise: bool = False
 
     def wrap(self, function: RewardFunction) -> Reward:
         """The reward that calls `function`."""
@@ -60,6 +69,7 @@ class Registration:
             range=self.range,
             description=self.description,
             source=self.source,
+            groupwise=self.groupwise,
         )
 
 
@@ -86,7 +96,9 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
     if isinstance(function, ReportsAs):
         return function.reported_as(reward)
     if isinstance(function, DeclaresGradient):
-        return replace(reward, differentiable=noted.differentiable and function.differentiable)
+        reward = replace(reward, differentiable=noted.differentiable and function.differentiable)
+    if isinstance(function, DeclaresGroups):
+        reward = replace(reward, groupwise=function.groupwise)
     return reward
 
 

@@ -10,8 +10,8 @@ by (127, 128) as in training. The whole central square is shown, where Google's 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import final
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,11 @@ class ImageNetClass:
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Of all classes, `(B, 1000)`, for images `(B, 3, H, W)` in [0, 1]; differentiable."""
         return self.network(self.preprocess(images.to(self.device))).log_softmax(dim=1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features `(B, 1280)` before the classifier, for images `(B, 3, H, W)` in [0, 1]; differentiable."""
+        extract = cast("Callable[[Tensor], Tensor]", self.network.extract_features)
+        return extract(self.preprocess(images.to(self.device))).mean(dim=(2, 3))
 
     def _find(self, prompt: str, metadata: Metadata) -> list[int]:
         label = metadata.get("label")

@@ -6,8 +6,10 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 _files: dict[Path, ModuleType] = {}
 
@@ -20,6 +22,19 @@ def load(where: str) -> ModuleType:
         ImportError: the module needs another one that is not installed.
     """
     return load_file(Path(where)) if where.endswith(".py") else load_module(where)
+
+
+def load_named(spec: str) -> Callable[..., object]:
+    """What `file.py:name` or `module:name` names.
+
+    Raises:
+        ValueError: there is nothing callable of that name; see also `load`.
+    """
+    where, _, name = spec.rpartition(":")
+    target = vars(load(where)).get(name)
+    if not callable(target):
+        raise ValueError(f"{where} has no function {name!r}")
+    return cast("Callable[..., object]", target)
 
 
 def load_file(path: Path) -> ModuleType:

@@ -50,13 +50,13 @@ BUILT_IN = {
     "imagereward": "rewards.imagereward",
     "ocr": "rewards.ocr",
     "imagenet_class": "rewards.imagenet",
+    "diversity": "rewards.diversity",
+    "rank": "rewards.rank",
+    "win_rate": "rewards.rank",
     "chebyshev": "rewards.scalarize",
     "geometric": "rewards.scalarize",
-<<<<<<< HEAD
     "remote": "rewards.remote",
-=======
     "learned": "rewards.learned",
->>>>>>> w-prefs
     "shapes": "rewards.shapes.reward",
     "shapes_strict": "rewards.shapes.reward",
     "shapes_partial": "rewards.shapes.reward",
@@ -77,6 +77,7 @@ def register(
     range: tuple[float, float] | None = None,
     description: str = "",
     card: Card | None = None,
+    groupwise: bool = False,
 ) -> Callable[[Target], Target]: ...
 def register(
     name: Target | str | None = None,
@@ -85,6 +86,7 @@ def register(
     range: tuple[float, float] | None = None,
     description: str = "",
     card: Card | None = None,
+    groupwise: bool = False,
 ) -> Target | Callable[[Target], Target]:
     """Register a reward function or class under a name; returns it unchanged.
 
@@ -94,6 +96,7 @@ def register(
         range: lowest and highest value, infinities allowed.
         description: one sentence for `ddpo rewards list`; the docstring's first line when empty.
         card: provenance, licence and typical scores for `ddpo rewards list --verbose`.
+        groupwise: whether it takes one whole group, the images of one prompt, at a time.
 
     Raises:
         ValueError: the name is taken by another reward, or is not usable as a name.
@@ -103,7 +106,16 @@ def register(
         return name
 
     def decorate(target: Target) -> Target:
-        _add(_describe(target, name, differentiable=differentiable, range=range, description=description, card=card))
+        noted = _describe(
+            target,
+            name,
+            differentiable=differentiable,
+            range=range,
+            description=description,
+            card=card,
+            groupwise=groupwise,
+        )
+        _add(noted)
         return target
 
     return decorate
@@ -202,6 +214,7 @@ def _describe(
     range: tuple[float, float] | None = None,
     description: str = "",
     card: Card | None = None,
+    groupwise: bool = False,
 ) -> Registration:
     own_name = getattr(target, "__name__", type(target).__name__)
     return Registration(
@@ -212,6 +225,7 @@ def _describe(
         description=description or (inspect.getdoc(target) or "").partition("\n")[0],
         source=_source(target),
         card=card or Card(),
+        groupwise=groupwise,
     )
 
 

@@ -33,11 +33,13 @@ class Ordering:
         better: name of the sample that must score higher.
         worse: name of the other.
         prompt: of both.
+        others: further samples of the group, for rewards that compare the images of a group.
     """
 
     better: str
     worse: str
     prompt: str = PROMPT
+    others: tuple[str, ...] = ()
 
 
 _CAT = "a photo of an Egyptian cat"
@@ -76,6 +78,10 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
         Ordering(better="text_wrong", worse="text", prompt='a sign that says "shut"'),
     ),
     "imagenet_class": (*_MATCHING, Ordering(better="cat", worse="cat_blurred", prompt=_CAT)),
+    "diversity": (
+        Ordering(better="noise", worse="cat", others=("cat_jpeg", "cat_blurred")),
+        Ordering(better="coffee", worse="cat", others=("cat_jpeg", "cat_blurred")),
+    ),
     "clip_score": _MATCHING,
     "siglip_score": _MATCHING,
     "hpsv2": _PREFERRED,

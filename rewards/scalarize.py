@@ -88,6 +88,11 @@ class Parts:
         """Whether gradients reach the images through every part."""
         return all(reward.differentiable for reward in self.rewards)
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether some part compares the images of a group."""
+        return any(reward.groupwise for reward in self.rewards)
+
     def score(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
         """Raw scores `(B,)` of each part, with its components; the graph is kept where gradients are on."""
         scored: dict[str, Tensor] = {}
@@ -146,6 +151,11 @@ class Chebyshev:
         """Whether gradients reach the images through every part."""
         return self._parts.differentiable
 
+    @property
+    def groupwise(self) -> bool:
+        """Whether some part compares the images of a group."""
+        return self._parts.groupwise
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
         """The score and its raw parts."""
         scored = self._parts.score(images, prompts, metadata)
@@ -187,6 +197,11 @@ class Geometric:
     def differentiable(self) -> bool:
         """Whether gradients reach the images through every part."""
         return self._parts.differentiable
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether some part compares the images of a group."""
+        return self._parts.groupwise
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
         """The score and its raw parts."""

@@ -10,7 +10,9 @@
 
 Tolerances are relative to the spread of the scores over the sample pictures, since rewards have no common unit. Along
 its own gradient g a smooth score rises by |g| per unit of length: (r(x + h g/|g|) - r(x - h g/|g|)) / 2h = |g|. Several
-h are tried, as a large one meets curvature and a small one rounding. Legend: `N` samples.
+h are tried, as a large one meets curvature and a small one rounding. For a reward that compares the images of a group,
+the sample pictures are one group, `alone` is a group alone, and a pair is ordered beside the ordering's other pictures.
+Legend: `N` samples.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def check(reward: Reward, *, prompt: str | None = None, orderings: Sequence[Orde
         _repeat(reward, pictures, prompts, scores),
         _precision(reward, pictures, prompts, unit),
         _range(reward, scores),
-        _gradient(reward, pictures[:1], prompts[:1]),
+        _gradient(reward, *((pictures, prompts) if reward.groupwise else (pictures[:1], prompts[:1]))),
     )
     return Report(name=reward.name, findings=findings, images_per_second=_speed(reward, pictures, prompts))
 
@@ -146,7 +148,12 @@ def _order(reward: Reward, orderings: Sequence[Ordering]) -> Finding:
         return Finding(check="order", passed=None, detail="none known")
     wrong = []
     for pair in orderings:
-        better, worse = (_score(reward, sample(name), [pair.prompt]).item() for name in (pair.better, pair.worse))
+        if reward.groupwise:
+            names = (pair.better, pair.worse, *pair.others)
+            together = _score(reward, torch.cat([sample(name) for name in names]), [pair.prompt] * len(names))
+            better, worse = together[:2].tolist()
+        else:
+            better, worse = (_score(reward, sample(name), [pair.prompt]).item() for name in (pair.better, pair.worse))
         if not better > worse:
             wrong.append(f"{pair.better} {better:.4g} <= {pair.worse} {worse:.4g} for {pair.prompt!r}")
     detail = "; ".join(wrong) or f"{len(orderings)} of {len(orderings)}"
@@ -154,9 +161,17 @@ def _order(reward: Reward, orderings: Sequence[Ordering]) -> Finding:
 
 
 def _batch(reward: Reward, pictures: Tensor, prompts: list[str], scores: Tensor, unit: float) -> Finding:
+    if reward.groupwise:
+        joined = reward(pictures.repeat(2, 1, 1, 1), prompts * 2, [{}] * 2 * len(prompts), _two_groups(len(prompts)))
+        error = float((joined.total - scores.repeat(2)).abs().max()) / unit
+        return Finding(check="batch", passed=error <= BATCH_TOLERANCE, detail=f"{error:.0e}")
     alone = [_score(reward, picture[None], [text]) for picture, text in zip(pictures, prompts, strict=True)]
     error = float((torch.cat(alone) - scores).abs().max()) / unit
     return Finding(check="batch", passed=error <= BATCH_TOLERANCE, detail=f"{error:.0e}")
+
+
+def _two_groups(size: int) -> list[int]:
+    return [0] * size + [1] * size
 
 
 def _repeat(reward: Reward, pictures: Tensor, prompts: list[str], scores: Tensor) -> Finding:
@@ -189,7 +204,7 @@ def _gradient(reward: Reward, picture: Tensor, prompts: list[str]) -> Finding:
     if not reward.differentiable:
         return Finding(check="gradient", passed=None, detail="not declared")
     pixels = (0.1 + 0.8 * picture).requires_grad_()  # room to both sides
-    total = reward.differentiable_score(pixels, prompts, [{}]).total.sum()
+    total = reward.differentiable_score(pixels, prompts, [{}] * len(prompts)).total.sum()
     gradient = torch.autograd.grad(total, pixels)[0]
     slope = float(gradient.double().norm())
     if not 0 < slope < float("inf"):
@@ -201,7 +216,7 @@ def _gradient(reward: Reward, picture: Tensor, prompts: list[str]) -> Finding:
 
 def _slope(reward: Reward, pixels: Tensor, prompts: list[str], direction: Tensor, step: float) -> float:
     up, down = ((pixels + sign * step * direction).clamp(0, 1) for sign in (1, -1))
-    return (_score(reward, up, prompts).double() - _score(reward, down, prompts).double()).item() / (2 * step)
+    return (_score(reward, up, prompts).double() - _score(reward, down, prompts).double()).sum().item() / (2 * step)
 
 
 def _speed(reward: Reward, pictures: Tensor, prompts: list[str]) -> float:

@@ -91,6 +91,11 @@ def _run(arguments: list[str]) -> int:
             return 0
         rest, overrides = split_overrides(arguments[1:], own=("--resume", "--checkpoint", "--num-processes"))
         arguments = [command, *rest]
+    elif command == "pareto" and "--sweep" in arguments:
+        from trainers.overrides import split_overrides
+
+        rest, overrides = split_overrides(arguments[1:], own=("--sweep", "--weights", "--x", "--y", "--out", "--help"))
+        arguments = [command, *rest]
     options = parser.parse_args(arguments)
     return options.run_command(options, overrides) or 0
 
@@ -202,6 +207,15 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
     return check(subject)
 
 
+def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
+    from trainers.pareto import report, sweep
+
+    if (options.sweep is None) != (options.weights is None):
+        raise ValueError("--sweep CONFIG and --weights NAME=0,1,5 go together")
+    swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
+    print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
+
+
 def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
     from trainers.tracking import show_dashboard
 
@@ -278,6 +292,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_evaluate(commands)
     _add_verify(commands)
     _add_check(commands)
+    _add_pareto(commands)
     _add_dashboard(commands)
     _add_rewards(commands)
     return parser, {"train": train, "plan": plan}
@@ -391,6 +406,27 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--width", type=_positive, help="pixels (default: the pipeline's own)")
 
 
+_PARETO_EPILOG = """\
+Reads the evaluations of finished or running runs. More is better in every measure but kl.
+
+  ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
+  ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
+
+With --sweep, any --key value of a configuration goes to every run; runs that are finished already are kept.
+"""
+
+
+def _add_pareto(commands: argparse._SubParsersAction) -> None:
+    about = "the runs that no other one beats in two measures: table, JSON, figure"
+    parser = _command(commands, "pareto", _pareto, about, epilog=_PARETO_EPILOG)
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders")
+    parser.add_argument("--x", metavar="MEASURE", help="horizontal axis, e.g. shapes or kl (default: first reward)")
+    parser.add_argument("--y", metavar="MEASURE", help="vertical axis (default: second reward, or first held-out one)")
+    parser.add_argument("--out", type=Path, default=Path("pareto.png"), help="picture (default %(default)s)")
+    parser.add_argument("--sweep", metavar="CONFIG", help="train this configuration once for each of --weights")
+    parser.add_argument("--weights", metavar="NAME=0,1,5", help="with --sweep: a reward and its weights")
+
+
 def _add_dashboard(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "dashboard", _dashboard, "open the local page with all runs")
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: the newest project)")
@@ -399,11 +435,7 @@ def _add_dashboard(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_rewards(commands: argparse._SubParsersAction) -> None:
-<<<<<<< HEAD
-    rewards = commands.add_parser("rewards", help="list, test or serve rewards, or score image files")
-=======
-    rewards = commands.add_parser("rewards", help="list, score, test rewards, or learn one from preferences")
->>>>>>> w-prefs
+    rewards = commands.add_parser("rewards", help="list, score, test or serve rewards, or learn one from preferences")
     actions = rewards.add_subparsers(metavar="ACTION", required=True)
     listing = _command(actions, "list", _rewards_list, "every reward that can be named")
     listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, origins")
@@ -417,8 +449,8 @@ def _add_rewards(commands: argparse._SubParsersAction) -> None:
     )
     testing.add_argument("--options", type=_mapping, metavar="JSON", help="options of the reward, for a single NAME")
     testing.add_argument("--prompt", metavar="TEXT", help="the prompt of the sample pictures")
-<<<<<<< HEAD
     _add_rewards_serve(actions)
+    add_commands(actions, _command)
 
 
 _SERVE_EPILOG = """\
@@ -459,9 +491,6 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--ends-with-parent", action="store_true", help="end when standard input closes, as with its starter's end"
     )
-=======
-    add_commands(actions, _command)
->>>>>>> w-prefs
 
 
 def _names(text: str) -> list[str]:

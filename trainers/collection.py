@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpo import Experience, Trajectory, path_kl, rollout, sample_seeds
-from ddpo.advantages import Advantages
+from ddpo.advantages import Advantages, Part
 from rewards import RewardError, Scores
 from trainers.metrics import Stopwatch
+from trainers.objective import Pressure, explained, objective_scores, potential, pressure
 from trainers.plan import KL_SAMPLES, BatchPlan
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -25,7 +26,10 @@ class Collected:
 
     Attributes:
         experience: This process's samples.
-        scores: Of all processes' samples; totals (N,) and components.
+        scores: Of all processes' samples; totals (N,) of the rewards alone, and components.
+        constraints: What the constraints measured and added.
+        alpha: KL weight that was used, reward units per nat.
+        shaping: Share of the variance of the scores that the last intermediate reward explains; NaN without shaping.
         advantages: Of all processes' samples.
         path_kl: Mean path KL to the pretrained model, nats.
         kl_per_step: Mean KL of each step, (T,) nats.
@@ -35,6 +39,9 @@ class Collected:
 
     experience: Experience
     scores: Scores
+    constraints: Pressure
+    alpha: float
+    shaping: float
     advantages: Advantages
     path_kl: float
     kl_per_step: Tensor
@@ -60,7 +67,8 @@ def collect(
     """
     config = state.config
     state.policy.begin_epoch(state.epoch, seed=config.seed)
-    penalised = state.alpha > 0
+    state.reward.epoch = state.epoch
+    measured = state.alpha > 0 or state.multipliers.bounds_kl
     guided = config.objective.train_guidance == "same"
     drawn = [prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size)]
     own = processes.share(len(drawn))
@@ -72,30 +80,43 @@ def collect(
         with clock("sample"):
             condition = state.policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
             seeds = sample_seeds(config.seed, state.epoch, range(start, start + size))
-            parts.append(rollout(state.policy, condition, seeds, with_kl=penalised, guided=guided))
+            parts.append(rollout(state.policy, condition, seeds, with_kl=measured, guided=guided))
         with clock("decode"):
             images = state.policy.decode(parts[-1].final)
         scorer.submit(images, condition.prompts, condition.metadata)
+        for k in config.shaping.steps:
+            _submit_prediction(state, scorer, parts[-1], k, clock)
         if len(pictures) * size < config.tracking.num_pictures:
             pictures.append(images.cpu())
         start += size
     trajectory = Trajectory.concatenate(parts)
     with clock("sample"):
-        kl = trajectory.kl if penalised else path_kl(state.policy, trajectory.first(KL_SAMPLES), guided=guided)
+        kl = trajectory.kl if measured else path_kl(state.policy, trajectory.first(KL_SAMPLES), guided=guided)
     assert kl is not None
     with clock("reward"):
         scores = _gather_scores(_collect_scores(scorer, processes), processes)
-    state.reward.update(scores.components)
-    scores = Scores(total=state.reward.total(scores.components), components=scores.components)
+        by_step = {k: _gather_scores(_collect_scores(scorer, processes, k), processes) for k in config.shaping.steps}
+    texts = tuple(prompt.text for prompt in drawn)
+    state.reward.update(scores.components, texts)
+    scores = Scores(total=state.reward.total(scores.components, texts), components=scores.components)
     everyones_kl = processes.gather(kl).cpu()
+    num_steps = trajectory.schedule.num_steps
+    under = pressure(state.multipliers, state.reward, scores, path_kl=float(everyones_kl.sum(1).mean()))
+    objective = objective_scores(state.multipliers, state.reward, scores, texts, under)
+    shaping = potential(
+        by_step, state.multipliers, state.reward, texts, under, strength=config.shaping.strength, num_steps=num_steps
+    )
+    alpha = state.alpha + under.alpha
     groups = torch.arange(len(drawn)) // plan.group_size
     advantages = state.advantages(
-        scores.total,
+        objective,
         groups,
-        [prompt.text for prompt in drawn],
-        kl=everyones_kl if penalised else None,
-        alpha=state.alpha,
-        num_steps=trajectory.schedule.num_steps,
+        texts,
+        kl=everyones_kl if measured else None,
+        alpha=alpha,
+        num_steps=num_steps,
+        parts=[Part(weight, scores.components[name]) for name, weight in state.reward.weights().items() if weight],
+        potential=shaping,
     )
     rows = slice(own.start, own.stop)
     device = state.policy.device
@@ -107,22 +128,35 @@ def collect(
             advantages=advantages.values[rows].to(device),
             kl_weight=advantages.kl_weight[rows].to(device),
             groups=groups[rows],
-            penalised=penalised,
+            penalised=alpha > 0,
         ),
         scores=scores,
+        constraints=under,
+        alpha=alpha,
+        shaping=explained(objective, shaping),
         advantages=advantages,
         path_kl=float(everyones_kl.sum(1).mean()),
         kl_per_step=everyones_kl.mean(0),
         images=torch.cat(pictures)[: config.tracking.num_pictures],
-        prompts=tuple(prompt.text for prompt in drawn),
+        prompts=texts,
     )
 
 
-def _collect_scores(scorer: Scorer, processes: Processes) -> Scores:
+@torch.no_grad()
+def _submit_prediction(state: TrainState, scorer: Scorer, part: Trajectory, k: int, clock: Stopwatch) -> None:
+    """Has the clean images that the policy predicts before step k scored, in a queue of their own."""
+    with clock("sample"):
+        predicted = state.policy.predicted_x0(k, part.latents[:, k], part.condition)
+    with clock("decode"):
+        images = state.policy.decode(predicted)
+    scorer.submit(images, part.condition.prompts, part.condition.metadata, queue=k)
+
+
+def _collect_scores(scorer: Scorer, processes: Processes, queue: int = -1) -> Scores:
     """This process's scores; a reward that fails on any process ends the run on all, with the same message."""
     scores, failure = None, None
     try:
-        scores = scorer.collect()
+        scores = scorer.collect(queue)
     except RewardError as error:
         failure = error
     fail_together(processes, failure)

@@ -13,8 +13,10 @@ from pydantic import Discriminator, Tag
 
 from ddpo.advantages import AdvantageConfig
 from ddpo.kl import AdaptiveKL, FixedKL
+from ddpo.lagrangian import KL_NAME, Constraint
 from ddpo.lora import FullConfig, LoraConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
+from ddpo.potential import check_steps
 from ddpo.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
 from ddpo.validation import FieldError, check
 from rewards.combine import RewardTerm
@@ -160,6 +162,11 @@ class EvaluationConfig:
         seed: Seed of the evaluation noise.
         ode: Also evaluate the ODE of the same schedule, where the evaluation's sampler is not noise-free already.
         sampler: How evaluations and `ddpo sample` sample, where it differs from training; null for no difference.
+        overoptimisation_threshold: Warn when a held-out reward lies this many standard errors below its best
+            evaluation while the training reward lies as many above (paired differences per image); 0 never warns.
+        stop_on_overoptimisation: Stop after `overoptimisation_patience` such evaluations in a row and export the
+            weights of the best evaluation instead of the last.
+        overoptimisation_patience: Evaluations in a row before stopping.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -171,12 +178,37 @@ class EvaluationConfig:
     seed: int = 1234
     ode: bool = True
     sampler: EvaluationSampler | None = None
+    overoptimisation_threshold: float = 3.0
+    stop_on_overoptimisation: bool = False
+    overoptimisation_patience: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "seed"):
+        for name in ("every_epochs", "seed", "overoptimisation_threshold"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("num_prompts", "images_per_prompt"):
+        for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapingConfig:
+    """The reward of the predicted clean image as a potential: lowers variance, changes no optimum (`ddpo.potential`).
+
+    Attributes:
+        steps: Denoising steps, from 0, before which the predicted clean image is decoded and scored: one pass of the
+            network, a decoding and a score each per image; `[]` for no shaping.
+        strength: Factor on that score.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    steps: tuple[int, ...] = ()
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        steps = list(self.steps)
+        rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        check(rising and all(k >= 0 for k in steps), "steps", steps, "rising numbers from 0")
+        check(self.strength > 0, "strength", self.strength, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +290,10 @@ class Config:
         batch: Numbers of samples and what fits on a device.
         optimizer: AdamW and its learning rate.
         rewards: What is maximised: the weighted sum of these.
+        constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
         heldout_rewards: Measured in evaluations, never optimised.
         reward_processes: Processes and devices of their own for all of these.
+        shaping: Intermediate rewards on the predicted clean image.
         prompts: Training prompts.
         evaluation: Fixed prompts and seeds, measured during training.
         checkpoints: What is kept to continue from.
@@ -289,8 +323,10 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: tuple[RewardTerm, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
     reward_processes: RewardProcessConfig = field(default_factory=RewardProcessConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -311,9 +347,13 @@ class Config:
             names = [(term.name, repr(sorted(term.options.items()))) for term in getattr(self, name)]
             shown = [term for term, _ in names]
             check(len(set(names)) == len(names), name, shown, "a list that names each reward once")
+        bounded = [constraint.reward for constraint in self.constraints]
+        check(len(set(bounded)) == len(bounded), "constraints", bounded, "a list that names each reward once")
+        check_steps(self.shaping.steps, self.sampler.num_steps)
         self._check_noise()
         self._check_groups()
         self._check_evaluation()
+        self._check_units()
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""
@@ -338,10 +378,28 @@ class Config:
         fitting = f"{', '.join(family)} or ode, as sampler.kind is {self.sampler.kind}"
         check(kind in (*family, "ode"), "evaluation.sampler.kind", kind, fitting)
 
+    def _check_units(self) -> None:
+        """What is in reward units cannot be added to GDPO's deviations; the KL needs no second multiplier."""
+        is_gdpo = self.advantages.combination == "gdpo"
+        used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
+        extra = [name for name, is_used in used.items() if is_used]
+        cure = f"sum with {' and '.join(extra)} (they are in reward units, gdpo's advantages are not)"
+        check(not (is_gdpo and extra), "advantages.combination", self.advantages.combination, cure)
+        twice = isinstance(self.kl, AdaptiveKL) and KL_NAME in [constraint.reward for constraint in self.constraints]
+        check(not twice, "kl.kind", self.kl.kind, f"fixed with a constraint on {KL_NAME}")
+
     @property
     def evaluation_sampler(self) -> SamplerConfig:
         """The sampler of evaluations and of `ddpo sample`, with training's keys filled in."""
         return (self.evaluation.sampler or EvaluationSampler()).resolve(self.sampler)
+
+    @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """All rewards that are computed in training: `rewards`, and with weight 0 what only constraints name."""
+        known = {name for term in self.rewards for name in (term.name, term.name.rpartition(":")[2])}
+        wanted = [c.reward for c in self.constraints if c.reward != KL_NAME and c.reward not in known]
+        new = [name for name in wanted if "/" not in name or ":" in name or name.partition("/")[0] not in known]
+        return (*self.rewards, *(RewardTerm(name=name, weight=0.0) for name in new))
 
     @property
     def learning_rate(self) -> float:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpo import Policy, Trajectory, rollout, sample_seeds
+from ddpo import Condition, Policy, Trajectory, rollout, sample_seeds
 from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
+from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.processes import Processes, share_of
 from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
@@ -73,7 +74,7 @@ class Evaluation:
         for prefix in ("", "ode/"):
             if f"{prefix}reward" in values:
                 components = {r.name: values[f"{prefix}{r.name}"] for r in reward.rewards}
-                values[f"{prefix}reward"] = reward.total(components)
+                values[f"{prefix}reward"] = reward.total(components, self.prompts)
         return replace(self, values=values)
 
     def save(self, folder: Path, name: str) -> None:
@@ -121,8 +122,10 @@ class Evaluator:
         self._progress = progress
 
     def batches(self, rank: int, count: int) -> list[range]:
-        """The images of each denoiser batch of one of `count` processes."""
-        own = share_of(len(self.prompts), rank=rank, count=count)
+        """The images of each denoiser batch of one of `count` processes, which shares whole prompts with the others."""
+        group = self._config.images_per_prompt
+        share = share_of(len(self.prompts) // group, rank=rank, count=count)
+        own = range(share.start * group, share.stop * group)
         return [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
 
     def seeds(self, indices: Sequence[int]) -> Tensor:
@@ -165,42 +168,54 @@ class Evaluator:
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         own = self.batches(self._processes.rank, self._processes.count)
+        groupwise = reward.groupwise or (heldout is not None and heldout.groupwise)
+        buffer = GroupBuffer(self._config.images_per_prompt if groupwise else 1)
         label = "evaluating (ODE)" if ode else "evaluating"
-        parts: list[dict[str, Tensor]] = []
+        sampled: list[dict[str, Tensor]] = []
+        scored: list[dict[str, Tensor]] = []
         failure = None
         try:
             for indices in self._progress.track(own, label):
-                parts.append(self._batch(policy, reward, heldout, indices, ode=ode))
+                images, condition, kl = self._sample(policy, indices, ode=ode)
+                sampled.append({**kl, _IMAGES: (images * 255).round().to(torch.uint8).cpu()})
+                for batch in buffer.add(images, condition.prompts, condition.metadata):
+                    scored.append(_scored(batch, reward, heldout))
         except RewardError as error:
             failure = error
         fail_together(self._processes, failure)
-        own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        own_values = _joined(scored) | _joined(sampled)
         everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
-        values = {name: torch.cat([part[name] for part in everyones]) for name in everyones[0]}
+        values = _joined(everyones)
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
             values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
-    def _batch(
-        self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
-    ) -> dict[str, Tensor]:
+    def _sample(
+        self, policy: Policy, indices: range, *, ode: bool
+    ) -> tuple[Tensor, Condition, dict[str, Tensor]]:
+        """Images of some of the set, what they were conditioned on, and their path KL where it was measured."""
         with policy.noise_free() if ode else nullcontext():
             with_kl = bool(policy.schedule.stochastic_steps)
             trajectory = sample_images(policy, [self.prompts[i] for i in indices], self.seeds(indices), with_kl=with_kl)
             images = policy.decode(trajectory.final)
-        condition = trajectory.condition
-        scores = reward(images, condition.prompts, condition.metadata)
-        values = {"reward": scores.total, **scores.components}
-        if heldout is not None:
-            held = heldout(images, condition.prompts, condition.metadata)
-            values |= {f"heldout/{name}": value for name, value in held.components.items()}
-        if trajectory.kl is not None:
-            values[KL] = trajectory.kl.sum(1).cpu()
-        return {
-            **{name: v.float() for name, v in values.items()},
-            _IMAGES: (images * 255).round().to(torch.uint8).cpu(),
-        }
+        kl = {} if trajectory.kl is None else {KL: trajectory.kl.sum(1).cpu().float()}
+        return images, trajectory.condition, kl
+
+
+def _scored(batch: ImageBatch, reward: WeightedSum, heldout: WeightedSum | None) -> dict[str, Tensor]:
+    """Total, raw components and held-out rewards of some images, (B,) float32 each."""
+    scores = reward(batch.images, batch.prompts, batch.metadata, batch.groups)
+    values = {"reward": scores.total, **scores.components}
+    if heldout is not None:
+        held = heldout(batch.images, batch.prompts, batch.metadata, batch.groups)
+        values |= {f"heldout/{name}": value for name, value in held.components.items()}
+    return {name: value.float() for name, value in values.items()}
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of equal names, concatenated; nothing for no parts."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, with_kl: bool = False) -> Trajectory:

@@ -125,7 +125,7 @@ def load_state(config: Config, processes: Processes, contents: Contents) -> Trai
     Raises:
         CheckpointError: It holds other weights than the configuration trains.
     """
-    reward = WeightedSum(config.rewards, device=processes.device)
+    reward = WeightedSum(config.terms, device=processes.device)
     policy = load_policy(config, str(processes.device))
     unused = PromptStream(evaluation_prompts(config), seed=config.seed, shuffle=False)
     state = TrainState.start(config, policy, reward, unused)

@@ -6,6 +6,7 @@
 `train` is the Python API; the command line comes in through `train_from_config` and `resume`.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from trainers.config import Config
 from trainers.config_io import load_resumed, to_yaml
 from trainers.evaluation import Evaluation
 from trainers.metrics import Stopwatch
+from trainers.overoptimisation import Finding, best_weights, find, heldout_signs, keep_best, read_history, save_record
 from trainers.pictures import caption, grid, save_curves, to_pil
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
@@ -69,6 +71,9 @@ def train(
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
     total = reward if isinstance(reward, WeightedSum) else WeightedSum.of(as_reward(reward))
     config = replace(config, rewards=total.terms)
+    if config.terms != config.rewards:
+        missing = ", ".join(term.name for term in config.terms[len(config.rewards) :])
+        raise ValueError(f"constraints name {missing}, which the reward lacks; add it to the WeightedSum with weight 0")
     evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
     processes = Processes(device=policy.device.type)
     if resume is None:
@@ -132,13 +137,14 @@ def _train(session: Session) -> Path:
     evaluations = session.run.path / "evaluations"
     if _lacks_evaluation(session, evaluations):
         _evaluate(session, evaluations)
-    out_of_time = False
+    out_of_time = stopped = False
+    threads = max(1, len(config.reward_processes.devices))
     with (
-        Scorer(state.reward, threads=max(1, len(config.reward_processes.devices))) as scorer,
+        Scorer(state.reward, group_size=session.plan.group_size, threads=threads) as scorer,
         session.progress.epochs(state.epoch, config.epochs) as bar,
     ):
         for _ in bar:
-            if out_of_time:
+            if out_of_time or stopped:
                 break
             clock = Stopwatch(state.policy.device)
             started, position = time.perf_counter(), state.prompts.position
@@ -157,14 +163,18 @@ def _train(session: Session) -> Path:
             state.seconds += time.perf_counter() - started
             _log(session, collected, report, clock)
             state.alpha = next_alpha(config.kl, state.alpha, collected.path_kl)
+            state.multipliers.update(collected.constraints.means)
+            state.reward.epoch = state.epoch
             minutes = state.seconds / 60
             out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
             last = out_of_time or state.epoch == config.epochs
             if last or _due(state.epoch, config.evaluation.every_epochs):
                 _evaluate(session, evaluations)
+                stopped = _overoptimised(session)
+            last = last or stopped
             if last or _due(state.epoch, config.checkpoints.every_epochs):
                 _checkpoint(session)
-    _finish(session, evaluations)
+    _finish(session, evaluations, stopped=stopped)
     return session.run.path
 
 
@@ -208,6 +218,39 @@ def _evaluate(session: Session, folder: Path) -> None:
         session.tracker.log({f"eval/{name}": measure.mean for name, measure in summary.items()}, step=state.epoch)
         text = "  ".join(f"{name} {measure}" for name, measure in summary.items() if not name.startswith("ode/"))
         session.progress.line(f"evaluation at epoch {state.epoch}: {text}")
+        save_record(folder, state.epoch, summary, _judge(session, folder))
+
+
+def _judge(session: Session, folder: Path) -> list[Finding]:
+    """Compares the held-out rewards with their best evaluations; warns, counts, and keeps the best weights."""
+    state, heldout, options = session.state, session.heldout, session.state.config.evaluation
+    if heldout is None or options.overoptimisation_threshold == 0:
+        return []
+    history, signs = read_history(folder, state.reward, session.evaluator.texts), heldout_signs(heldout)
+    findings = find(history, signs, threshold=options.overoptimisation_threshold)
+    caught = [finding for finding in findings if finding.over_optimised]
+    state.overoptimised = state.overoptimised + 1 if caught else 0
+    for finding in caught:
+        session.progress.line(f"WARNING: over-optimisation at epoch {state.epoch}: {finding}")
+    measured = {f"eval/{finding.reward}/z_since_best": finding.heldout_z for finding in findings}
+    session.tracker.log(
+        scalars({**measured, "eval/overoptimised": float(state.overoptimised)}), step=state.epoch
+    )
+    if options.stop_on_overoptimisation:
+        keep_best(session.run.path, history, signs, state.export)
+    return findings
+
+
+def _overoptimised(session: Session) -> bool:
+    """Whether to stop, after so many evaluations in a row that found over-optimisation; agreed by all processes."""
+    options, state = session.state.config.evaluation, session.state
+    if not options.stop_on_overoptimisation:
+        return False
+    state.overoptimised = int(str(session.processes.gather_json(state.overoptimised)[0]))
+    stop = state.overoptimised >= options.overoptimisation_patience
+    if stop:
+        session.progress.line(f"stopped at epoch {state.epoch}: {state.overoptimised} such evaluations in a row")
+    return stop
 
 
 def _checkpoint(session: Session) -> None:
@@ -217,15 +260,21 @@ def _checkpoint(session: Session) -> None:
         prune(session.run.path, state.config.checkpoints.keep_last)
 
 
-def _finish(session: Session, evaluations: Path) -> None:
-    """Exports the weights and ends the run with the comparison of its first and its last evaluation."""
+def _finish(session: Session, evaluations: Path, *, stopped: bool) -> None:
+    """Exports the weights and ends the run with the comparison of its first evaluation and that of these weights."""
     if not session.processes.is_main:
         return
     state, run = session.state, session.run
-    state.export(run.lora)
+    best = best_weights(run.path) if stopped else None
+    if best is None:
+        state.export(run.lora)
+    else:
+        shutil.copytree(best, run.lora, dirs_exist_ok=True)
+        session.progress.line(f"the weights of the best evaluation ({best.name}) are exported, not the last ones")
+    chosen = f"epoch_{state.epoch:06d}" if best is None else best.name
     texts = session.evaluator.texts
     before = Evaluation.load(evaluations, "epoch_000000", texts).rescored(state.reward)
-    after = Evaluation.load(evaluations, f"epoch_{state.epoch:06d}", texts).rescored(state.reward)
+    after = Evaluation.load(evaluations, chosen, texts).rescored(state.reward)
     table = write_comparison(run.path, before, after, num_pictures=state.config.tracking.num_pictures)
     save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
     shown = spread(len(texts), state.config.tracking.num_pictures)

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from ddpo.kl import FixedKL
+from ddpo.lagrangian import KL_NAME
 from trainers.config import Config
 
 KL_SAMPLES = 16  # per process, on which the KL is measured when it has no weight
@@ -159,7 +160,7 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
         inner_epochs=objective.inner_epochs,
         optimizer_steps_per_epoch=updates * objective.inner_epochs,
         optimizer_steps_total=updates * objective.inner_epochs * config.epochs,
-        sampling_rows=sampled * config.sampler.num_steps * guided,
+        sampling_rows=sampled * (config.sampler.num_steps + len(config.shaping.steps)) * guided,
         training_rows=training_rows,
         reference_rows=_reference_rows(config, samples, num_processes, num_stochastic, training_rows),
     )
@@ -168,7 +169,8 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
 def _reference_rows(config: Config, samples: int, num_processes: int, num_stochastic: int, training_rows: int) -> int:
     """With a KL weight every sampled step and trained transition; without, a few samples, twice, to report it."""
     guided = 2 if config.sampler.guidance_scale > 1 and config.objective.train_guidance == "same" else 1
-    if isinstance(config.kl, FixedKL) and config.kl.alpha == 0:
+    bounded = any(constraint.reward == KL_NAME for constraint in config.constraints)
+    if isinstance(config.kl, FixedKL) and config.kl.alpha == 0 and not bounded:
         return 2 * min(KL_SAMPLES, samples) * num_processes * num_stochastic * guided
     return config.batch.samples_per_epoch * num_stochastic * guided + training_rows
 

@@ -49,6 +49,11 @@ def check_rewards(config: Config) -> None:
                 find(term.name)
             except (ValueError, ImportError) as error:
                 raise ConfigError(f"{group}.{i}.name: {error}") from error
+    for term in config.terms[len(config.rewards) :]:
+        try:
+            find(term.name)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"constraints: {error}") from error
 
 
 def check_reward_processes(config: Config) -> None:

@@ -38,7 +38,9 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         "reward/std": float(total.std()),
         **{f"reward/{name}": float(values.mean()) for name, values in collected.scores.components.items()},
         "kl/path_nats": collected.path_kl,
-        "kl/alpha": state.alpha,
+        "kl/alpha": collected.alpha,
+        **_constraints(collected),
+        **({"shaping/explained": collected.shaping} if state.config.shaping.steps else {}),
         "advantages/zero_variance_groups": collected.advantages.zero_variance_groups,
         "advantages/clipped": collected.advantages.clipped,
         "policy/clip_fraction": report.overall["clipped"],
@@ -47,6 +49,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         "optimizer/grad_norm": report.grad_norm,
         "optimizer/learning_rate": report.learning_rate,
         "optimizer/skipped": state.skipped,
+        **({"evaluation/overoptimised": state.overoptimised} if state.config.heldout_rewards else {}),
         "per_step/kl_nats": collected.kl_per_step.tolist(),
         "per_step/gate_nats": report.gate.tolist(),
         "per_step/log_ratio": report.per_step["log_ratio"].tolist(),
@@ -56,6 +59,13 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         "images_per_second": len(total) / seconds,
         "memory_gib": memory_gib(state.policy.device),
     }
+
+
+def _constraints(collected: Collected) -> dict[str, Metric]:
+    """Mean, multiplier (before this epoch's update) and weight of every constraint."""
+    under = collected.constraints
+    facts = {"mean": under.means, "multiplier": under.multipliers, "weight": under.weights}
+    return {f"constraint/{name}/{fact}": value for fact, values in facts.items() for name, value in values.items()}
 
 
 def scalars(row: Mapping[str, Metric]) -> dict[str, float]:

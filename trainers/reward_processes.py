@@ -48,7 +48,7 @@ def start_rewards(config: Config, processes: Processes) -> tuple[WeightedSum, We
     servers = _start_on_each_machine(config, processes)
     optimised, heldout = (
         WeightedSum(terms, rewards=[servers.reward(_spec(term)) for term in terms]) if terms else None
-        for terms in (config.rewards, config.heldout_rewards)
+        for terms in (config.terms, config.heldout_rewards)
     )
     assert optimised is not None, "a configuration has at least one reward"
     return optimised, heldout
@@ -132,7 +132,7 @@ class _Dispatch:
 def _start_on_each_machine(config: Config, processes: Processes) -> RewardServers:
     """Starts the processes on the first training process of each machine and tells the others where they are."""
     options = config.reward_processes
-    specs = list(dict.fromkeys(_spec(term) for term in (*config.rewards, *config.heldout_rewards)))
+    specs = list(dict.fromkeys(_spec(term) for term in (*config.terms, *config.heldout_rewards)))
     own: dict[str, object] | None = None
     children: list[subprocess.Popen[bytes]] = []
     failure = ""

@@ -12,34 +12,45 @@ import torch
 from torch import Tensor
 
 from rewards import RewardError, Scores, WeightedSum
+from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.processes import Processes
 
 
 class Scorer:
-    """A queue of batches to score, in order."""
+    """Queues of batches to score, each in order."""
 
-    def __init__(self, reward: WeightedSum, *, threads: int = 1) -> None:
+    def __init__(self, reward: WeightedSum, *, threads: int = 1, group_size: int = 1) -> None:
         """Starts the threads.
 
         Args:
             reward: What to score with.
             threads: Batches scored at the same time; more than 1 only for rewards that allow it.
+            group_size: Images of a prompt, next to each other; used where the reward compares them.
         """
         self._reward = reward
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
-        self._pending: list[Future[Scores]] = []
+        self._group_size = group_size if reward.groupwise else 1
+        self._buffers: dict[int, GroupBuffer] = {}
+        self._pending: dict[int, list[Future[Scores]]] = {}
 
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
-        """Queues one batch: images (B, 3, H, W) in [0, 1]."""
-        self._pending.append(self._pool.submit(self._reward, images, prompts, metadata))
+    def submit(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]], *, queue: int = -1
+    ) -> None:
+        """Queues one batch: images (B, 3, H, W) in [0, 1]. Each `queue` is collected by itself."""
+        buffer = self._buffers.setdefault(queue, GroupBuffer(self._group_size))
+        for batch in buffer.add(images, prompts, metadata):
+            self._pending.setdefault(queue, []).append(self._pool.submit(self._score, batch))
 
-    def collect(self) -> Scores:
-        """The scores of all queued batches, concatenated in order.
+    def _score(self, batch: ImageBatch) -> Scores:
+        return self._reward(batch.images, batch.prompts, batch.metadata, batch.groups)
+
+    def collect(self, queue: int = -1) -> Scores:
+        """The scores of all batches of a queue, concatenated in order.
 
         Raises:
             RewardError: From the first batch that failed; the batches behind it are dropped.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending.pop(queue)
         try:
             parts = [future.result() for future in pending]
         except BaseException:

@@ -10,6 +10,7 @@ from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoint, load_checkpoint
 from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
+from trainers.overoptimisation import discard_evaluations
 from trainers.plan import BatchPlan, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
@@ -64,7 +65,7 @@ def load_session(config: Config, processes: Processes, run: RunFolder, *, first_
     if config.reward_processes.devices:
         reward, heldout = start_rewards(config, processes)
     else:
-        reward, heldout = WeightedSum(config.rewards, device=device), load_heldout(config, device)
+        reward, heldout = WeightedSum(config.terms, device=device), load_heldout(config, device)
     texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
     policy = load_policy(config, device)
     return make_session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
@@ -156,5 +157,6 @@ def restore(session: Session, source: Path) -> None:
         run.note_resume(source.name)
         run.truncate_metrics(session.state.epoch)
         discard_after(run.path, session.state.epoch)
+        discard_evaluations(run.path / "evaluations", session.state.epoch)
     session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
     processes.wait()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpo import Policy
 from ddpo.advantages import AdvantageEstimator
+from ddpo.lagrangian import Multipliers
 from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
@@ -34,6 +35,7 @@ class TrainState:
         ema: Averaged weights.
         advantages: Remembered scores per prompt.
         reward: Running scales of the rewards.
+        multipliers: Of the constraints.
         prompts: Position in the prompt source.
         alpha: Present KL weight, reward units per nat.
         epoch: Finished epochs.
@@ -42,6 +44,7 @@ class TrainState:
         skipped_in_a_row: The same, since the last good one.
         samples: Images sampled for training, over all processes.
         seconds: Time spent in epochs; evaluations and checkpoints not included.
+        overoptimised: Newest evaluations in a row that found over-optimisation.
     """
 
     config: Config
@@ -51,6 +54,7 @@ class TrainState:
     ema: Ema
     advantages: AdvantageEstimator
     reward: WeightedSum
+    multipliers: Multipliers
     prompts: PromptStream
     alpha: float
     epoch: int = 0
@@ -59,6 +63,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     samples: int = 0
     seconds: float = 0.0
+    overoptimised: int = 0
 
     @classmethod
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
@@ -83,6 +88,7 @@ class TrainState:
             ema=Ema(parameters, options.ema_decay),
             advantages=AdvantageEstimator(config.advantages),
             reward=reward,
+            multipliers=Multipliers(config.constraints),
             prompts=prompts,
             alpha=config.kl.alpha,
         )
@@ -117,10 +123,13 @@ class TrainState:
             self.scaler.load_state_dict(values["scaler"])
         self.advantages.load_state_dict(values["advantages"])
         self.reward.load_state_dict(values["reward"])
+        self.multipliers.load_state_dict(values.get("multipliers", {}))
         self.prompts.position = values["prompts"]
         self.ema.steps = values["ema_steps"]
         for name in COUNTERS:
             setattr(self, name, values[name])
+        self.overoptimised = values.get("overoptimised", 0)
+        self.reward.epoch = self.epoch
         rank = str(processes.rank)
         if rank in values["rng"]:
             set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
@@ -140,8 +149,10 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "advantages": self.advantages.state_dict(),
             "reward": self.reward.state_dict(),
+            "multipliers": self.multipliers.state_dict(),
             "prompts": self.prompts.position,
             "ema_steps": self.ema.steps,
+            "overoptimised": self.overoptimised,
         }
 
     def _load_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -145,7 +145,7 @@ def test_no_terms_and_terms_of_one_name_are_refused():
         ({"name": " "}, "name must be"),
         ({"name": "brightness", "weight": float("nan")}, "weight must be a finite number, got nan"),
         ({"name": "brightness", "weight": float("inf")}, "weight must be a finite number, got inf"),
-        ({"name": "brightness", "normalize": "mean"}, "normalize must be 'none' or 'std', got 'mean'"),
+        ({"name": "brightness", "normalize": "mean"}, "normalize must be one of 'none', 'std'.*got 'mean'"),
     ],
 )
 def test_bad_terms_are_refused(fields, message):

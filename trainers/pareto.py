@@ -1,0 +1,221 @@
+"""What runs that weigh several rewards differently have to offer: the points no other one beats in both measures.
+
+A point is an evaluation: the means of two measures over its fixed prompts. One point dominates another if it is at
+least as high in both and higher in one (`kl (nats)` is to be small, all others large). The front is made of the runs'
+last evaluations and the pretrained model, which is the first evaluation of each; means are estimates, and points closer
+than their standard errors dominate each other by chance.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from rewards.cli import table
+from trainers.checkpoint import latest_checkpoint
+from trainers.config import Config
+from trainers.config_io import load_config
+from trainers.evaluation import KL, Measure
+from trainers.overoptimisation import evaluation_epochs, read_values
+from trainers.run import RunError, RunFolder
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """An evaluation of a run.
+
+    Attributes:
+        epoch: Finished epochs.
+        x: The first measure.
+        y: The second measure.
+    """
+
+    epoch: int
+    x: Measure
+    y: Measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A run's evaluations, oldest first.
+
+    Attributes:
+        run: Name of the run.
+        points: At least one.
+    """
+
+    run: str
+    points: tuple[Point, ...]
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """Which of some points (N, M) no other one dominates, (N,); more is better, equal points keep each other."""
+    values = np.asarray(points, dtype=np.float64)
+    at_least = (values[:, None] >= values[None]).all(-1)
+    higher = (values[:, None] > values[None]).any(-1)
+    return ~(at_least & higher).any(axis=0)
+
+
+def read_course(run: Path, x: str, y: str) -> Course:
+    """The evaluations of a run folder.
+
+    Raises:
+        RunError: It has none, or none with these measures; the message lists what there is.
+    """
+    folder = RunFolder.open(run)
+    evaluations = folder.path / "evaluations"
+    points = []
+    for epoch in evaluation_epochs(evaluations):
+        values = read_values(evaluations, epoch)
+        unknown = [name for name in (x, y) if name not in values]
+        if unknown:
+            raise RunError(f"{run} has no measure {unknown[0]!r}; it has {', '.join(sorted(values))}")
+        points.append(Point(epoch=epoch, x=Measure.of(values[x]), y=Measure.of(values[y])))
+    if not points:
+        raise RunError(f"{run} has no evaluation yet")
+    return Course(run=folder.name, points=tuple(points))
+
+
+def default_measures(config: Config) -> tuple[str, str]:
+    """The first reward and the second, or the first held-out one, by the names under which evaluations report them.
+
+    Raises:
+        ValueError: There is only one reward.
+    """
+    names = [_reported(term.name) for term in config.rewards]
+    names += [f"heldout/{_reported(term.name)}" for term in config.heldout_rewards]
+    if len(names) < 2:
+        raise ValueError(f"a front needs two measures, and the runs have only {names[0]}; name them by --x and --y")
+    return names[0], names[1]
+
+
+def compare(courses: Sequence[Course], x: str, y: str) -> tuple[list[str], list[Point], NDArray[np.bool_]]:
+    """Names, last points and membership of the front: the pretrained model first, then each run."""
+    names = ["pretrained", *(course.run for course in courses)]
+    points = [courses[0].points[0], *(course.points[-1] for course in courses)]
+    signs = [-1 if measure == KL else 1 for measure in (x, y)]
+    return names, points, non_dominated([[signs[0] * point.x.mean, signs[1] * point.y.mean] for point in points])
+
+
+def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> str:
+    """Writes the figure and, beside it, the same as JSON.
+
+    Args:
+        runs: Run folders.
+        x: Measure of the horizontal axis; None takes the first run's first reward.
+        y: Of the vertical axis; None takes its second reward, or its first held-out one.
+        out: Picture to write, `.png`, `.pdf` or `.svg`.
+
+    Returns:
+        A table for people.
+    """
+    if not runs:
+        raise ValueError("no runs given; name run folders, or launch some with --sweep CONFIG --weights NAME=0,1,5")
+    if x is None or y is None:
+        defaults = default_measures(load_config(RunFolder.open(runs[0]).path / "config.yaml"))
+        x, y = x or defaults[0], y or defaults[1]
+    x, y = (KL if name == "kl" else name for name in (x, y))
+    courses = [read_course(run, x, y) for run in runs]
+    names, points, front = compare(courses, x, y)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(courses, x, y).savefig(out)
+    record = {
+        "x": x,
+        "y": y,
+        "front": [name for name, is_on in zip(names, front, strict=True) if is_on],
+        "runs": {course.run: [_plain(point) for point in course.points] for course in courses},
+    }
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    rows = [
+        [name, str(point.epoch), str(point.x), str(point.y), "front" if is_on else ""]
+        for name, point, is_on in zip(names, points, front, strict=True)
+    ]
+    return f"{table(['run', 'epoch', x, y, ''], rows)}\n\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
+
+
+def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
+    """The runs' paths from the pretrained model to their last evaluations, and the front of these as a staircase."""
+    figure = Figure(figsize=(7, 4.8), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for index, course in enumerate(courses):
+        colour = COLOURS[index % len(COLOURS)]
+        along, up = [point.x.mean for point in course.points], [point.y.mean for point in course.points]
+        axes.plot(along, up, "-", color=colour, linewidth=1, alpha=0.6)
+        axes.plot(along[1:-1], up[1:-1], "o", color=colour, markersize=3, alpha=0.6)
+        last = course.points[-1]
+        axes.errorbar(last.x.mean, last.y.mean, xerr=last.x.error, yerr=last.y.error, fmt="s", color=colour,
+                      markersize=5, elinewidth=1, capsize=2, label=course.run)  # fmt: skip
+    _, points, front = compare(courses, x, y)
+    start = points[0]
+    axes.plot(start.x.mean, start.y.mean, "*", color="black", markersize=11, label="pretrained", zorder=5)
+    best = sorted((p.x.mean, p.y.mean) for p, is_on in zip(points, front, strict=True) if is_on)
+    where = "post" if x == KL else "pre"
+    axes.step([a for a, _ in best], [b for _, b in best], where=where, color="black", linewidth=0.8, linestyle=":",
+              label="front", zorder=1)  # fmt: skip
+    axes.set(xlabel=_axis(x), ylabel=_axis(y))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
+    """Trains a configuration once for each weight of a reward, one run after the other; finished ones are kept.
+
+    Args:
+        config: A configuration file or shipped name.
+        weights: `NAME=0,1,5`, NAME one of its rewards.
+        overrides: `--key value` tokens for every run.
+
+    Returns:
+        The run folders.
+
+    Raises:
+        ValueError: There is no such reward, no weights, or a run failed.
+    """
+    loaded = load_config(config, overrides)
+    name, _, text = weights.partition("=")
+    places = [i for i, term in enumerate(loaded.rewards) if name in (term.name, _reported(term.name))]
+    if not places:
+        known = ", ".join(term.name for term in loaded.rewards)
+        raise ValueError(f"--weights {weights}: the configuration has no reward {name!r}; it has {known}")
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--weights must be written NAME=0,1,5, got {weights!r}") from error
+    runs = []
+    for value in values:
+        run = Path(loaded.run.output_dir) / f"{Path(config).stem}-{_reported(name)}-{value:g}"
+        if not (run / "summary.json").is_file():
+            weight = ("--run.name", run.name, f"--rewards.{places[0]}.weight", f"{value:g}")
+            begun = latest_checkpoint(run) is not None
+            _launch(["--resume", str(run)] if begun else [config, *overrides, *weight], run.name)
+        runs.append(run)
+    return runs
+
+
+def _launch(arguments: Sequence[str], name: str) -> None:
+    """Trains in a process of its own, so that a run's memory and random state end with it."""
+    status = subprocess.run([sys.executable, "-m", "trainers", "train", *arguments], check=False).returncode
+    if status != 0:
+        raise ValueError(f"the run {name} ended with status {status}; the same command goes on with it once mended")
+
+
+def _reported(spec: str) -> str:
+    """`name` of `file.py:name`."""
+    return spec.rpartition(":")[2]
+
+
+def _axis(measure: str) -> str:
+    return f"{measure} (less is better)" if measure == KL else f"{measure} (more is better)"
+
+
+def _plain(point: Point) -> dict[str, object]:
+    return {"epoch": point.epoch, "x": vars(point.x), "y": vars(point.y)}
