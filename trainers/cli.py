@@ -154,6 +154,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
         prompts=options.prompt,
         seed=options.seed,
         num_images=options.num_images,
+        images=options.image,
         output=options.output,
         checkpoint=options.checkpoint,
     )
@@ -283,6 +284,10 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "sample", _sample, "pictures of the pretrained and the tuned pipeline, side by side")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several")
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="FILE",
+        help="input image, for a model that edits: one for all prompts, or one for each",
+    )
     parser.add_argument("--seed", type=int, default=0, help="noise seed (default 0)")
     parser.add_argument("--num-images", type=_positive, default=4, help="images per prompt (default 4)")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/samples)")

@@ -91,7 +91,7 @@ def collect(
     advantages = state.advantages(
         scores.total,
         groups,
-        [prompt.text for prompt in drawn],
+        [prompt.group for prompt in drawn],
         kl=everyones_kl if penalised else None,
         alpha=state.alpha,
         num_steps=trajectory.schedule.num_steps,

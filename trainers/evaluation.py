@@ -5,7 +5,7 @@ that two evaluations differ by the weights alone and compare image by image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,6 +124,11 @@ class Evaluator:
     def texts(self) -> tuple[str, ...]:
         """The text of each of the E images."""
         return tuple(prompt.text for prompt in self.prompts)
+
+    @property
+    def metadata(self) -> tuple[Mapping[str, object], ...]:
+        """What came with the prompt of each of the E images."""
+        return tuple(prompt.metadata for prompt in self.prompts)
 
     def __call__(self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None) -> Evaluation:
         """Samples and measures.

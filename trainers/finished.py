@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpo import Policy, rollout, sample_seeds
+from ddpo.input_images import IMAGE, check_image
 from rewards import RewardError, WeightedSum
 from trainers.checkpoint import load_checkpoint
 from trainers.config import Config
@@ -18,8 +20,8 @@ from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
-from trainers.prompts import PromptStream
-from trainers.report import write_comparison
+from trainers.prompts import Prompt, PromptStream
+from trainers.report import shown_inputs, write_comparison
 from trainers.run import RunFolder
 from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
@@ -31,6 +33,7 @@ def sample_run(
     prompts: list[str],
     seed: int = 0,
     num_images: int = 4,
+    images: Sequence[Path] = (),
     output: Path | None = None,
     checkpoint: str | None = None,
 ) -> Path:
@@ -41,29 +44,36 @@ def sample_run(
         prompts: At least one text.
         seed: Of the noise.
         num_images: Images per prompt.
+        images: Input images of a pipeline that edits: one for all prompts, or one for each.
         output: Folder to write to; None for `<run>/samples`.
         checkpoint: Name of a checkpoint folder; None takes the newest.
 
     Returns:
         The picture with both side by side; the fine-tuned model's plain images lie beside it.
+
+    Raises:
+        ValueError: An input image is missing, cannot be read, or is of no use to the pipeline.
     """
+    metadata = _with_images(len(prompts), images)
     folder = RunFolder.open(run)
     config = load_config(folder.path / "config.yaml")
     processes = Processes(device=config.model.device)
     state = load_state(folder, config, processes, checkpoint=checkpoint)
-    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    asked = [Prompt(text=t, metadata=m) for t, m in zip(prompts, metadata, strict=True) for _ in range(num_images)]
+    texts = [prompt.text for prompt in asked]
     output = output or folder.path / "samples"
     with state.ema.applied():
         before, after = (
-            _images(state.policy, texts, seed=seed, batch_size=config.batch.sample_batch_size, mode=mode)
+            _images(state.policy, asked, seed=seed, batch_size=config.batch.sample_batch_size, mode=mode)
             for mode in (state.policy.reference(), nullcontext())
         )
-    old, new = _scores(state.reward, before, texts), _scores(state.reward, after, texts)
+    given = [prompt.metadata for prompt in asked]
+    old, new = _scores(state.reward, before, asked), _scores(state.reward, after, asked)
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(after):
         to_pil(image).save(output / f"{i:03d}.png")
     picture = output / "before_after.png"
-    side_by_side(before, after, texts, old, new).save(picture)
+    side_by_side(before, after, texts, old, new, inputs=shown_inputs(given, before)).save(picture)
     return picture
 
 
@@ -99,7 +109,8 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
     after = evaluate(state.ema.applied())
     output = output or folder.path / f"evaluation_epoch_{state.epoch:06d}"
     if processes.is_main:
-        table = write_comparison(output, before, after, num_pictures=config.tracking.num_pictures)
+        shown = config.tracking.num_pictures
+        table = write_comparison(output, before, after, num_pictures=shown, metadata=evaluator.metadata)
         print(table, flush=True)  # noqa: T201
     return output
 
@@ -119,22 +130,34 @@ def load_state(folder: RunFolder, config: Config, processes: Processes, *, check
     return state
 
 
-def _scores(reward: WeightedSum, images: Tensor, texts: list[str]) -> list[float]:
+def _with_images(count: int, images: Sequence[Path]) -> list[dict[str, object]]:
+    """Metadata of `count` prompts: their input images, which are read once to see that they can be."""
+    if len(images) not in (0, 1, count):
+        raise ValueError(f"give one image for all {count} prompts or one for each, got {len(images)}")
+    for image in images:
+        check_image(image)
+    each = [*images] * count if len(images) == 1 else images
+    return [{IMAGE: str(image)} for image in each] if images else [{} for _ in range(count)]
+
+
+def _scores(reward: WeightedSum, images: Tensor, asked: list[Prompt]) -> list[float]:
     """Scores where the run's rewards apply: a free prompt may be none of theirs, and the pictures count here."""
+    inputs = shown_inputs([prompt.metadata for prompt in asked], images)
+    metadata = [{} for _ in asked] if inputs is None else [{IMAGE: image} for image in inputs]
     try:
-        return reward(images, texts, [{} for _ in texts]).total.tolist()
+        return reward(images, [prompt.text for prompt in asked], metadata).total.tolist()
     except RewardError as error:
         warnings.warn(f"pictures without scores: {error}", stacklevel=2)
-        return [math.nan] * len(texts)
+        return [math.nan] * len(asked)
 
 
 def _images(
-    policy: Policy, texts: list[str], *, seed: int, batch_size: int, mode: AbstractContextManager[None]
+    policy: Policy, asked: list[Prompt], *, seed: int, batch_size: int, mode: AbstractContextManager[None]
 ) -> Tensor:
     parts = []
     with mode:
-        for start in range(0, len(texts), batch_size):
-            indices = range(start, min(start + batch_size, len(texts)))
-            condition = policy.encode([texts[i] for i in indices])
+        for start in range(0, len(asked), batch_size):
+            indices = range(start, min(start + batch_size, len(asked)))
+            condition = policy.encode([asked[i].text for i in indices], [asked[i].metadata for i in indices])
             parts.append(policy.decode(rollout(policy, condition, sample_seeds(seed, 0, indices)).final))
     return torch.cat(parts)

@@ -100,6 +100,8 @@ def make_session(
             f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
             "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
         )
+    everything = [*prompts, *evaluated]
+    policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
     plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
