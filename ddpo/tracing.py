@@ -173,9 +173,9 @@ def step_output(latents: Tensor, options: Mapping[str, object]) -> object:
 
 
 def beside_noise(step: Step) -> Tensor:
-    """What the denoiser is given after the noisy tokens of each row, such as an input image's: (rows, tokens, channels).
+    """What the denoiser is given after the noisy tokens of each row, such as those of an input image.
 
-    Of latents that are no sequences, (rows, tokens, channels), there is nothing: (rows, 0, ...).
+    Shape (rows, tokens, channels); of latents that are no sequences there is nothing, (rows, 0, ...).
     """
     latents = step.calls[0].latents
     noisy = step.sample.shape[1] if latents.ndim == step.sample.ndim == 3 else latents.shape[1]

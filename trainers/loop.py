@@ -81,18 +81,19 @@ def train(
     return _train(session)
 
 
-def train_from_config(config: Config, *, config_yaml: str) -> Path:
+def train_from_config(config: Config, *, config_yaml: str, stem: str | None = None) -> Path:
     """Starts a run from a configuration that passed `trainers.preflight`.
 
     Args:
         config: The configuration.
         config_yaml: Its text, saved with the run.
+        stem: Name of its file without the suffix, after which a run without `run.name` is called.
 
     Returns:
         The run folder.
     """
     processes = Processes(device=config.model.device)
-    run = create_run(config, processes, yaml=config_yaml)
+    run = create_run(config, processes, yaml=config_yaml, stem=stem)
     return _train(load_session(config, processes, run, first_step=0))
 
 

@@ -16,6 +16,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, cast, get_args
 
@@ -73,7 +74,7 @@ class Prompt:
     text: str
     metadata: dict[str, object] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def group(self) -> str:
         """What tells it from other prompts: the text, and the input image where there is one."""
         return f"{self.text} [{identity(self.metadata[IMAGE])}]" if IMAGE in self.metadata else self.text

@@ -45,9 +45,17 @@ class Session:
     tracker: Tracker
 
 
-def create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
-    """Makes the folder on the main process and tells the others its name."""
-    stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | None = None) -> RunFolder:
+    """Makes the folder on the main process and tells the others its name.
+
+    Args:
+        config: The run's configuration.
+        processes: Who shares the run.
+        yaml: The configuration's text.
+        stem: What an unnamed run is called after; None takes the first reward.
+    """
+    if stem is None:
+        stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
     made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)

@@ -214,7 +214,9 @@ def trace_rows(subject: Subject) -> Iterator[Measurement]:
     """The rule that was found when the policy was made; without one there is no policy."""
     policy = subject.policy
     steps, size = policy.schedule.num_steps, "x".join(map(str, policy.latent_shape))
-    images = f", input images of {policy.call.image_size[0]}x{policy.call.image_size[1]}" if policy.call.image_size else ""
+    images = (
+        f", input images of {policy.call.image_size[0]}x{policy.call.image_size[1]}" if policy.call.image_size else ""
+    )
     yield Measurement(name=f"{policy.name}, latents {size}, {steps} steps{images}", exact="a guidance rule",
                       obtained=policy.rule.name, error=0.0, tolerance=0.0)  # fmt: skip
 

@@ -153,7 +153,7 @@ def _moved(weights: Sequence[Tensor], direction: Sequence[Tensor], distance: flo
 def _on_one_side(
     side: Callable[[], Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], sizes: Sequence[float]
 ) -> Tensor:
-    """Which dimensions are on the same side of the clamp at all weights that a difference visits; bool, of x's shape."""
+    """Which dimensions stay on one side of the clamp at all weights that a difference visits; bool, of x's shape."""
     here = side()
     kept = torch.ones_like(here, dtype=torch.bool)
     for size in sizes:
