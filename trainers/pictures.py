@@ -91,7 +91,9 @@ def captioned(image: Image.Image, text: str, *, scale: int | None = None) -> Ima
 def with_inputs(images: "Tensor", inputs: Sequence[Image.Image] | None) -> list[Image.Image]:
     """Images (B, 3, H, W) in [0, 1], each with the image that was edited to its left, if there are any."""
     made = [to_pil(image) for image in images]
-    return made if inputs is None else [_arrange(pair, 2, margin=0) for pair in zip(inputs, made, strict=True)]
+    if inputs is None:
+        return made
+    return [_arrange([enlarge(given), enlarge(image)], 2, margin=0) for given, image in zip(inputs, made, strict=True)]
 
 
 def side_by_side(

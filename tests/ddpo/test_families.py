@@ -10,7 +10,6 @@ from ddpo import LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.input_images import probe_images
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import recording
-from tests.ddpo.editing_families import tiny_qwen_edit
 from tests.ddpo.families import tiny_flux, tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import (
     tiny_ddpm,
@@ -51,8 +50,6 @@ FAMILIES = {
     "sd3": Family(build=tiny_sd3, rule="stacked"),
     "flux": Family(build=tiny_flux, rule="none"),
     "kontext": Family(build=tiny_kontext, rule="none"),
-    "qwen-edit": Family(build=tiny_qwen_edit, rule="two calls, positive first, norm preserving",
-                        options={"height": 128, "width": 128}, unused=QWEN_UNUSED),
     "flux2": Family(build=tiny_flux2, rule="none"),
     "pixart": Family(build=tiny_pixart, sampler="ddim", rule="stacked, learned variance"),
     "pixart unguided": Family(build=tiny_pixart, sampler="ddim", rule="none, learned variance", guidance=1.0),

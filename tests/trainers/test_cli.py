@@ -105,12 +105,12 @@ def test_resume_with_an_equal_or_longer_config_passes_the_difference(run_folder,
 
 
 def test_sample_evaluate_and_dashboard_pass_their_options(calls, capsys):
-    assert main(["sample", "r", "--prompt", "a", "--prompt", "b", "--seed", "3", "--num-images", "2"]) == 0
+    assert main(["sample", "r", "--prompt", "a", "--prompt", "b", "--seed", "3", "--image", "x.png"]) == 0
     assert main(["evaluate", "r", "--checkpoint", "epoch-10", "--output", "o"]) == 0
     assert main(["dashboard", "--port", "7", "--no-browser"]) == 0
-    keys = {"prompts": ["a", "b"], "seed": 3, "num_images": 2, "output": None, "checkpoint": None}
+    keys = {"prompts": ["a", "b"], "seed": 3, "num_images": 4, "images": [Path("x.png")], "output": None}
     assert calls == [
-        ("sample_run", (Path("r"),), keys),
+        ("sample_run", (Path("r"),), {**keys, "checkpoint": None}),
         ("evaluate_run", (Path("r"),), {"checkpoint": "epoch-10", "output": Path("o")}),
         ("show_dashboard", (None,), {"port": 7, "open_browser": False}),
     ]

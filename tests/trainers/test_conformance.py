@@ -9,6 +9,7 @@ from diffusers import StableDiffusionInpaintPipeline
 
 from ddpo import SamplerConfig
 from ddpo.guidance import linear
+from tests.ddpo.editing_families import tiny_qwen_edit
 from tests.ddpo.families import tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import tiny_ddpm, tiny_pixart, tiny_qwen
 from tests.ddpo.tools import SIZE
@@ -20,9 +21,9 @@ from trainers.verification.suite import run_checks
 ARGUMENTS = ["--num-steps", "3", "--height", "16", "--width", "16"]
 
 
-def rows(build, *, fresh=None, change=None, kind="ddim", precision="fp32"):
+def rows(build, *, fresh=None, change=None, kind="ddim", precision="fp32", size=SIZE):
     """The measurements of a tiny pipeline by name of their check."""
-    sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=4.0, **SIZE)
+    sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=4.0, **size)
     subject = make_subject(build(), sampler=sampler, precision=precision, device="cpu", fresh=fresh or build)
     if change is not None:
         change(subject.policy)
@@ -70,10 +71,11 @@ def test_a_pipeline_without_lora_loaders_and_one_with_weights_that_nothing_reads
     assert "transformer_blocks.1.attn.to_add_out" in {measurement.obtained for measurement in qwen.values()}
 
 
-def test_a_pipeline_that_edits_passes_with_images_made_here():
-    kontext = rows(tiny_kontext, kind="flow_sde")
-    assert not failed(kontext)
-    assert ("trace", "transformer, latents 16x16, 3 steps, input images of 16x16") in kontext
+@pytest.mark.parametrize(("build", "side", "tokens"), [(tiny_kontext, 16, 16), (tiny_qwen_edit, 128, 4)])
+def test_a_pipeline_that_edits_passes_with_images_made_here(build, side, tokens):
+    measurements = rows(build, kind="flow_sde", size={"height": side, "width": side})
+    assert not failed(measurements)
+    assert ("trace", f"transformer, latents {tokens}x16, 3 steps, input images of {side}x{side}") in measurements
 
 
 def test_the_finite_difference_stays_away_from_the_clamp_and_still_sees_a_wrong_gradient():

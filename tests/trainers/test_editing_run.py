@@ -11,11 +11,12 @@ from tests.ddpo.families import tiny_kontext
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import CONFIG
 from trainers.cli import main
-from trainers.pictures import side_by_side, with_inputs
+from trainers.pictures import enlarge, side_by_side, with_inputs
 from trainers.prompts import PromptConfig, PromptError, load_prompts
 from trainers.run import read_metrics
 
 REWARD = '''
+import numpy as np
 import torch
 from rewards import register
 
@@ -24,8 +25,8 @@ from rewards import register
 def keeps_the_input(images, prompts, metadata):
     """Negative mean difference to the input image."""
     assert all(entry["image"].size == (16, 16) and entry["image_path"].endswith(".png") for entry in metadata)
-    inputs = [torch.tensor(list(entry["image"].getdata())).T.reshape(3, 16, 16) / 255 for entry in metadata]
-    return -(images - torch.stack(inputs)).abs().mean((1, 2, 3))
+    inputs = torch.stack([torch.tensor(np.array(entry["image"])).permute(2, 0, 1) / 255 for entry in metadata])
+    return -(images - inputs).abs().mean((1, 2, 3))
 '''
 
 
@@ -41,12 +42,12 @@ def write_source(folder, count=3):
     return source
 
 
-def write_edit_config(folder, pipeline, *, prompts):
+def write_edit_config(folder, pipeline, *, prompts, reward="brightness"):
     pipeline.save_pretrained(folder / "model")
     (folder / "keeps.py").write_text(REWARD)
     text = CONFIG.format(model=folder / "model", guidance=4.0, prompts=prompts, output=folder / "runs")
     text = text.replace("sampler: {", "sampler: {kind: flow_sde, eta: 0.7, height: 16, width: 16, ")
-    text = text.replace("name: brightness", f"name: {folder / 'keeps.py'}:keeps_the_input")
+    text = text.replace("name: brightness", f"name: {reward}")
     text = text.replace("epochs: 3", "epochs: 2")
     config = folder / "kontext_edits.yaml"
     config.write_text(text)
@@ -54,7 +55,8 @@ def write_edit_config(folder, pipeline, *, prompts):
 
 
 def test_a_run_that_edits_trains_samples_and_evaluates_from_the_command_line(tmp_path, capsys):
-    config = write_edit_config(tmp_path, tiny_kontext(), prompts=write_source(tmp_path))
+    reward = f"{tmp_path / 'keeps.py'}:keeps_the_input"
+    config = write_edit_config(tmp_path, tiny_kontext(), prompts=write_source(tmp_path), reward=reward)
     assert main(["train", str(config)]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.endswith("_kontext_edits")
@@ -62,7 +64,7 @@ def test_a_run_that_edits_trains_samples_and_evaluates_from_the_command_line(tmp
     assert first["policy/gate_nats"] < 1e-3 and second["kl/path_nats"] > 0
     assert first["reward/mean"] < 0
     single = Image.open(run / "pictures" / "epoch_000002.png").width
-    assert single > 2 * 2 * 144  # two columns of input and picture
+    assert single > 2 * 2 * 144  # two columns, each of an input and a picture
 
     photo = tmp_path / "photos" / "2.png"
     capsys.readouterr()
@@ -124,9 +126,9 @@ def test_a_function_may_return_pictures(tmp_path):
 def test_pictures_show_the_input_left_of_what_was_made_of_it():
     made, inputs = torch.zeros(2, 3, 16, 16), probe_images(2, (16, 16))
     pair = with_inputs(made, inputs)[0]
-    assert pair.size == (32, 16)
-    assert pair.crop((0, 0, 16, 16)).tobytes() == inputs[0].tobytes()
-    assert not any(pair.crop((16, 0, 32, 16)).tobytes())
+    assert pair.size == (288, 144)
+    assert pair.crop((0, 0, 144, 144)).tobytes() == enlarge(inputs[0]).tobytes()
+    assert not any(pair.crop((144, 0, 288, 144)).tobytes())
     scores = [0.0, 1.0]
     plain = side_by_side(made, made, ["a", "b"], scores, scores, columns=1)
     wider = side_by_side(made, made, ["a", "b"], scores, scores, columns=1, inputs=inputs)
