@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from PIL import Image
 from torch import Tensor, nn
 
 from ddpo.pipeline_call import PipelineCall
@@ -48,6 +49,7 @@ class Decoder:
         self._device = device
         self._offload = offload
         self._encoded: dict[int, object] = {}
+        self._encoded_images: dict[torch.Size, object] = {}
 
     def with_call(self, call: PipelineCall) -> "Decoder":
         """The same for another way to call the pipeline, such as at another size."""
@@ -70,7 +72,14 @@ class Decoder:
 
     def frames(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
         """The same with all frames of a video, (B, F, 3, H, W); (B, 3, H, W) for an image pipeline."""
-        arguments = self._call.arguments([""] * latents.shape[0], output_type="pt", num_steps=1, guidance_scale=1.0)
+        count, size = latents.shape[0], self._call.image_size
+        arguments = self._call.arguments(
+            [""] * count,
+            images=[Image.new("RGB", size)] * count if size else None,
+            output_type="pt",
+            num_steps=1,
+            guidance_scale=1.0,
+        )
         pipeline = self.pipeline
         run = type(pipeline).__call__.__wrapped__ if with_gradient else type(pipeline).__call__  # type: ignore[attr-defined]
 
@@ -87,6 +96,8 @@ class Decoder:
             stack.enter_context(self.auxiliaries())
             stack.enter_context(hollowed(self._denoiser))
             stack.enter_context(replaced(pipeline.scheduler, "step", step))
+            if size:
+                stack.enter_context(replaced(vae, "encode", self._encode_image))
             if hasattr(pipeline, "encode_prompt"):
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
             images = run(pipeline, **arguments, return_dict=False)[0]
@@ -99,6 +110,14 @@ class Decoder:
                 encode = type(self.pipeline).encode_prompt
                 self._encoded[len(prompt)] = encode(self.pipeline, prompt, *arguments, **options)
         return self._encoded[len(prompt)]
+
+    def _encode_image(self, pixels: Tensor, *arguments: object, **options: object) -> object:
+        """The encoding of blank input images, computed once per batch size: the tail does not depend on it."""
+        if pixels.shape not in self._encoded_images:
+            vae = self.pipeline.components["vae"]
+            with torch.no_grad():
+                self._encoded_images[pixels.shape] = type(vae).encode(vae, pixels, *arguments, **options)
+        return self._encoded_images[pixels.shape]
 
     @contextmanager
     def auxiliaries(self) -> Iterator[None]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ddpo import ragged
 from ddpo.guidance import GuidanceRule
 from ddpo.ragged import LENGTH
-from ddpo.tracing import Call, Step, UntraceableError, call_names, unflatten
+from ddpo.tracing import Call, Step, UntraceableError, beside_noise, call_names, unflatten
 from ddpo.trajectory import Condition
+
+BESIDE = "beside the noise"  # an argument's name that no denoiser has
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +51,7 @@ class Denoiser:
         self._mask_type = torch.bool
         self._mask_when_full = False
         self._extra_axis: int | None = None
+        self._noisy_tokens: int | None = None
         self._time_shape: tuple[int, ...] = ()
 
     def learn_arguments(self, one: Step, two: Step, three: Step) -> None:
@@ -64,7 +67,8 @@ class Denoiser:
             UntraceableError: An argument depends on the prompts, but has no row for each.
         """
         self._lists = two.calls[0].lists
-        self._extra_axis = _extra_axis(two.calls[0].latents, two.sample)
+        self._noisy_tokens = two.sample.shape[1] if _image_follows(two) else None
+        self._extra_axis = _extra_axis(two.calls[0].latents[:, : self._noisy_tokens], two.sample)
         time = two.calls[0].timestep
         self._time_shape = tuple(time.shape[1:]) if time.ndim > 1 else ()
         pairs = [pair for calls in zip(two.calls, three.calls, strict=True) for pair in _row_tensors(*calls)]
@@ -124,11 +128,13 @@ class Denoiser:
         rows = {
             name: value for name, value in call.arguments.items() if name in self.per_sample and torch.is_tensor(value)
         }
+        if self._noisy_tokens is not None:
+            rows[BESIDE] = call.latents[:, self._noisy_tokens :]
         mask = rows.pop(self._mask, None) if self._mask is not None else None
         for name in self._sequences:
             size, longest = rows[name].shape[:2]
-            lengths = torch.full((size,), longest, device=rows[name].device) if mask is None else mask.long().sum(1)
-            if mask is not None and not torch.equal(mask.bool(), ragged.prefix_mask(lengths, longest)):
+            lengths = torch.full((size,), longest) if mask is None else mask.long().sum(1).cpu()
+            if mask is not None and not torch.equal(mask.bool().cpu(), ragged.prefix_mask(lengths, longest)):
                 raise UntraceableError(f"{self._mask} of {type(self.module).__name__} does not pad at the end")
             rows[name + LENGTH] = lengths
         return rows
@@ -177,6 +183,9 @@ class Denoiser:
 
     def _call(self, x: Tensor, time: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         latents = x if self.precision == "fp32" else x.to(DTYPES[self.precision])
+        if self._noisy_tokens is not None:
+            latents = torch.cat([latents, tensors[BESIDE].to(latents.dtype)], dim=1)
+            tensors = {name: value for name, value in tensors.items() if name != BESIDE}
         if self._extra_axis is not None:
             latents = latents.unsqueeze(self._extra_axis)
         if self._time_shape:
@@ -192,6 +201,8 @@ class Denoiser:
             output = torch.stack(output)
         if self._extra_axis is not None:
             output = output.squeeze(self._extra_axis)
+        if self._noisy_tokens is not None:
+            output = output[:, : self._noisy_tokens]
         return output if self.output_type is None else output.to(self.output_type)
 
     def _unpadded(self, tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -208,7 +219,8 @@ class Denoiser:
             longest = max(sizes)
             arguments[name] = value[:, :longest]
             if self._mask is not None and (self._mask_when_full or min(sizes) < longest):
-                arguments[self._mask] = ragged.prefix_mask(lengths, longest).to(self._mask_type)
+                mask = ragged.prefix_mask(lengths, longest).to(self._mask_type)
+                arguments[self._mask] = mask.to(value.device, non_blocking=True)
         return arguments
 
 
@@ -244,6 +256,23 @@ def _equal(value: object, other: object) -> bool:
 def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     pairs = {name: value.chunk(2) for name, value in tensors.items()}
     return {name: first for name, (first, _) in pairs.items()}, {name: second for name, (_, second) in pairs.items()}
+
+
+def _image_follows(step: Step) -> bool:
+    """Whether the tokens of an input image stand after the noisy ones in the denoiser's latents.
+
+    Raises:
+        UntraceableError: Something does, but not after the noisy tokens as the scheduler has them.
+    """
+    latents, size = step.calls[0].latents, step.sample.shape[1]
+    if beside_noise(step).numel() == 0:
+        return False
+    if not all(torch.equal(rows, step.sample) for rows in latents[:, :size].split(step.sample.shape[0])):
+        raise UntraceableError(
+            f"the denoiser is given {latents.shape[1]} tokens where the scheduler steps {size}, and these are not the "
+            "first of them"
+        )
+    return True
 
 
 def _extra_axis(latents: Tensor, sample: Tensor) -> int | None:

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import peft
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpo.validation import check
+
+if TYPE_CHECKING:  # peft and diffusers take seconds to import, and the configurations here need neither
+    from diffusers import DiffusionPipeline, ModelMixin
 
 ADAPTER = "default"
 ATTENTION_PROJECTIONS = (
@@ -72,6 +72,8 @@ def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None
     Raises:
         ValueError: An entry of `target_modules` matches no layer.
     """
+    import peft
+
     if isinstance(config, FullConfig):
         denoiser.float().requires_grad_(True)
         return
@@ -113,6 +115,8 @@ def default_targets(denoiser: nn.Module) -> tuple[str, ...]:
 @contextmanager
 def adapter_off(denoiser: nn.Module) -> Iterator[None]:
     """The pretrained network, for the time of a `with` block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     adapted = (layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer))
     layers = [layer for layer in adapted if not layer.disable_adapters]
     for layer in layers:
@@ -134,6 +138,8 @@ def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
     Most tools read a LoRA without its metadata as alpha = rank; with the scale in the weights that is right.
     """
+    import peft
+
     settings: peft.LoraConfig = vars(denoiser)["peft_config"][ADAPTER]
     scale = settings.lora_alpha / settings.r
     state = peft.get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
@@ -143,7 +149,7 @@ def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin, folder: Path) -> None:
+def save_weights(pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path) -> None:
     """Writes what was trained in diffusers' own format.
 
     A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`, or, for a pipeline without that function
@@ -167,8 +173,8 @@ def save_weights(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin, f
         denoiser.save_pretrained(folder / name, safe_serialization=True)
 
 
-def _save_as_peft(denoiser: ModelMixin, folder: Path) -> None:
-    settings: peft.LoraConfig = copy.copy(vars(denoiser)["peft_config"][ADAPTER])
+def _save_as_peft(denoiser: "ModelMixin", folder: Path) -> None:
+    settings = copy.copy(vars(denoiser)["peft_config"][ADAPTER])
     settings.lora_alpha = settings.r  # the scale is in the weights
     settings.inference_mode = True
     settings.save_pretrained(str(folder))

@@ -5,19 +5,22 @@ Pipelines differ in the names of the same few things; they are read from the sig
     prompts    `prompt`; `batch_size` for an unconditional pipeline, whose prompts are counted and otherwise ignored
     guidance   `guidance_scale`; `true_cfg_scale` with negative prompts where `guidance_scale` is only the input of
                guidance-distilled weights and is left out by default (Qwen-Image)
+    images     `image`, one a prompt, of a pipeline that edits (FLUX Kontext, Qwen-Image-Edit)
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from PIL.Image import Image
 from torch import Tensor
 
+from ddpo.input_images import DEFAULT_SIDE, IMAGE, probe_images
 from ddpo.samplers import SamplerConfig
-from ddpo.tracing import Step, UntraceableError
+from ddpo.tracing import Step, UntraceableError, beside_noise
 
 FOREIGN_INPUTS = ("mask_image", "control_image", "init_image")
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
@@ -37,6 +40,9 @@ class PipelineCall:
         guidance_scale: Guidance as the pipeline defines it.
         fixed: Arguments that are always the same, such as height and width.
         takes_latents: Whether initial latents can be given.
+        image_size: (width, height) of the input image that belongs to every prompt, in pixels; None for a pipeline
+            from prompts alone.
+        no_images: Why there are no input images, for messages; empty with them.
     """
 
     prompts: str
@@ -45,12 +51,15 @@ class PipelineCall:
     guidance_scale: float
     fixed: Mapping[str, object]
     takes_latents: bool
+    image_size: tuple[int, int] | None = None
+    no_images: str = ""
 
     def arguments(
         self,
         prompts: Sequence[str],
         *,
         output_type: str,
+        images: Sequence[Image] | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         num_steps: int | None = None,
@@ -61,6 +70,7 @@ class PipelineCall:
         Args:
             prompts: B texts.
             output_type: `latent` for final latents, `pt` for images in [0, 1].
+            images: B input images of `image_size`; with an `image_size` only, and needed there.
             generator: Of the initial latents.
             latents: Initial latents instead, where `takes_latents`.
             num_steps: Default as configured.
@@ -73,6 +83,9 @@ class PipelineCall:
             **self.fixed,
         }
         given[self.prompts] = list(prompts) if self.prompts == "prompt" else len(prompts)
+        assert (images is None) == (self.image_size is None), "one image a prompt, or none"
+        if images is not None:
+            given[IMAGE] = list(images)
         if self.guidance is not None:
             given[self.guidance] = scale
         if self.guidance == "true_cfg_scale" and scale > 1:
@@ -84,11 +97,19 @@ class PipelineCall:
         return given
 
 
-def read_call(pipeline: DiffusionPipeline, denoiser: ModelMixin, sampler: SamplerConfig) -> PipelineCall:
+def read_call(
+    pipeline: DiffusionPipeline, denoiser: ModelMixin, sampler: SamplerConfig, *, no_images: str = ""
+) -> PipelineCall:
     """Reads how a pipeline is called from its signature.
 
+    Args:
+        pipeline: The stock pipeline.
+        denoiser: Its denoiser.
+        sampler: Steps, guidance and sizes.
+        no_images: Why a pipeline that takes an `image` is to be called without; empty to give it one a prompt.
+
     Raises:
-        UntraceableError: It takes neither prompts nor a batch size, or needs an image besides.
+        UntraceableError: It takes neither prompts nor a batch size, or needs a mask or a noised image.
         ValueError: The sampler sets something that the pipeline does not take.
     """
     name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
@@ -98,6 +119,8 @@ def read_call(pipeline: DiffusionPipeline, denoiser: ModelMixin, sampler: Sample
     foreign = [option for option in FOREIGN_INPUTS if option in parameters]
     if foreign:
         raise UntraceableError(f"{name} needs {', '.join(foreign)} besides a prompt; a policy starts from noise alone")
+    if IMAGE in parameters and "strength" in parameters:
+        raise UntraceableError(f"{name} starts from an image with noise on it (strength); a policy starts from noise")
     fixed = {
         option: value
         for option, value in (
@@ -111,43 +134,80 @@ def read_call(pipeline: DiffusionPipeline, denoiser: ModelMixin, sampler: Sample
         raise ValueError(f"sampler.{refused[0]} is {fixed[refused[0]]}, but {name} takes no {refused[0]}; leave it out")
     if "use_resolution_binning" in parameters and {"height", "width"} <= set(fixed):
         fixed["use_resolution_binning"] = False  # else a size that was asked for becomes the nearest of a table
-    return PipelineCall(
+    call = PipelineCall(
         prompts=prompts,
         guidance=_guidance(parameters, denoiser),
         num_steps=sampler.num_steps,
         guidance_scale=sampler.guidance_scale,
         fixed=fixed,
         takes_latents="latents" in parameters,
+        no_images=no_images or f"{name} takes no image",
     )
+    return _with_images(call, parameters) if IMAGE in parameters and not no_images else call
+
+
+def _with_images(call: PipelineCall, parameters: Mapping[str, inspect.Parameter]) -> PipelineCall:
+    """The call with an input image of the size of the pictures for every prompt."""
+    size = {side: call.fixed.get(side, DEFAULT_SIDE) for side in ("height", "width")}
+    width, height = size["width"], size["height"]
+    assert isinstance(width, int) and isinstance(height, int)
+    fixed = {**call.fixed, **size}
+    if "max_area" in parameters:
+        fixed["max_area"] = width * height  # else a size that was asked for becomes another of a megapixel
+    if "_auto_resize" in parameters and size != dict.fromkeys(size, DEFAULT_SIDE):
+        fixed["_auto_resize"] = False  # the same for the input image
+    return replace(call, fixed=fixed, image_size=(width, height), no_images="")
 
 
 class Trace(Protocol):
     """Runs a pipeline hollow; see `ddpo.tracing.trace`."""
 
-    def __call__(self, prompts: Sequence[str], *, num_steps: int | None = None) -> list[Step]:
-        """The steps of a run on these prompts, at most `num_steps` of them."""
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image] | None, *, num_steps: int | None = None
+    ) -> list[Step]:
+        """The steps of a run on these prompts and input images, at most `num_steps` of them."""
         ...
 
 
-def probe(pipeline: DiffusionPipeline, run: Trace) -> tuple[list[Step], Step, Step]:
+def probe(
+    pipeline: DiffusionPipeline, run: Trace, image_size: tuple[int, int] | None = None
+) -> tuple[list[Step], Step, Step]:
     """What a pipeline does with a few prompts: all steps of two, and the first step of one and of three.
+
+    Args:
+        pipeline: The stock pipeline.
+        run: Runs it hollow.
+        image_size: (width, height) of the input images; None for none.
 
     Raises:
         UntraceableError: It cannot be called this way, or not as a chain of equal steps.
     """
     name = type(pipeline).__name__
+
+    def tried(count: int, num_steps: int | None = None) -> list[Step]:
+        images = probe_images(count, image_size) if image_size else None
+        return run(PROBE_PROMPTS[:count], images, num_steps=num_steps)
+
     try:
-        (one,) = run(PROBE_PROMPTS[:1], num_steps=1)
-        (three,) = run(PROBE_PROMPTS, num_steps=1)
-        steps = run(PROBE_PROMPTS[:2])  # last: the scheduler keeps the timesteps of this run
+        (one,) = tried(1, num_steps=1)
+        (three,) = tried(3, num_steps=1)
+        steps = tried(2)  # last: the scheduler keeps the timesteps of this run
     except UntraceableError:
         raise
     except Exception as error:  # whatever the pipeline's own code raises, it cannot be called like this
+        given = "prompts, an image for each, and noise" if image_size else "prompts and noise alone"
         raise UntraceableError(
-            f"{name} fails when it is called from prompts and noise alone: {type(error).__name__}: {error}"
+            f"{name} fails when it is called from {given}: {type(error).__name__}: {error}"
         ) from error
+    if one.calls[0].latents.shape[1:] != three.calls[0].latents.shape[1:]:
+        raise UntraceableError(
+            f"{name} hands its denoiser more for three prompts than for one: it takes the images of a batch together, "
+            "not one for each prompt"
+        )
     if len({tuple(call.latents.shape for call in step.calls) for step in steps}) > 1:
         raise UntraceableError(f"{name} calls its denoiser differently at different steps; one rule must fit all")
+    if any(not torch.equal(beside_noise(step), beside_noise(steps[0])) for step in steps):
+        raise UntraceableError(f"{name} changes what stands beside the noise from step to step; it must stay the same")
     scheduled = len(pipeline.scheduler.timesteps)
     if len(steps) != scheduled:
         raise UntraceableError(f"{name} makes {len(steps)} steps where its scheduler has {scheduled}")

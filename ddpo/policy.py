@@ -15,18 +15,21 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from ddpo import lora, ragged
+from ddpo import lora
 from ddpo.decoding import Decoder
 from ddpo.denoiser import DTYPES, Denoiser, Precision
+from ddpo.encoding import Encoder
 from ddpo.gaussian import Gaussian
 from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
+from ddpo.input_images import probe_images
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
-from ddpo.tracing import Step, find_denoiser, trace
+from ddpo.tracing import Step, UntraceableError, find_denoiser, trace
 from ddpo.trajectory import Condition
 
 
@@ -65,8 +68,8 @@ class Policy:
         """Traces a pipeline and attaches what is to be trained.
 
         Args:
-            pipeline: Any pipeline from prompts, or from nothing, with one denoiser; taken over, its scheduler is
-                replaced.
+            pipeline: Any pipeline from prompts, with an input image each if it edits, or from nothing, with one
+                denoiser; taken over, its scheduler is replaced.
             sampler: How to sample.
             adapter: What to train; None trains nothing.
             precision: Of the network. LoRA weights stay float32.
@@ -92,9 +95,9 @@ class Policy:
                 if component.dtype != DTYPES[precision]:
                     component.to(DTYPES[precision])
         self.denoiser = Denoiser(module, precision=precision, device=self.device)
-        self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
-        self._encoded: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._read_pipeline()
+        self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
+        self._encoder = Encoder(self._encode, type(pipeline).__name__, self.call)
         self.begin_epoch(0, seed=seed)
         self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
         if adapter is not None:
@@ -225,7 +228,7 @@ class Policy:
             ValueError: The sampler does not fit the model.
         """
         other = copy.copy(self)
-        other.sampler, other._encoded = sampler, {}
+        other.sampler = sampler
         if replace(sampler, stochastic_steps=self.sampler.stochastic_steps) != self.sampler:
             module = self.denoiser.module
             other.call = read_call(self.pipeline, module, sampler)
@@ -233,6 +236,7 @@ class Policy:
             other._decoder = self._decoder.with_call(other.call)
             with self._decoder.auxiliaries():
                 other._read_pipeline()
+            other._encoder = Encoder(other._encode, type(self.pipeline).__name__, other.call)
             other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
         other.begin_epoch(0, seed=seed)
         return other
@@ -264,26 +268,27 @@ class Policy:
     def encode(
         self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None, *, chunk_size: int = 16
     ) -> Condition:
-        """The condition of B prompts; each text is encoded once and remembered.
+        """The condition of B prompts; each text, with its image, is encoded once and remembered.
 
         Args:
             prompts: B texts.
-            metadata: B dictionaries for the rewards; default empty ones.
-            chunk_size: Texts per call of the text encoders.
+            metadata: B dictionaries for the rewards; default empty ones. For a pipeline that edits, `image` is each
+                prompt's input image, a file or a PIL image; rewards find there what the pipeline was given, an image
+                of the size of the pictures, and the file under `image_path`.
+            chunk_size: Texts per call of the text encoders, or two texts with images.
+
+        Raises:
+            ValueError: An input image is missing or cannot be read, or the pipeline takes none.
         """
-        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._encoded))
-        for start in range(0, len(missing), chunk_size):
-            self._encode(missing[start : start + chunk_size])
-        rows = [self._encoded[prompt] for prompt in prompts]
-        positive, negative = (
-            {name: ragged.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
-        )
-        return Condition(
-            prompts=tuple(prompts),
-            metadata=tuple(metadata) if metadata is not None else tuple({} for _ in prompts),
-            positive=positive,
-            negative=negative,
-        )
+        return self._encoder(prompts, metadata, chunk_size=chunk_size)
+
+    def check_inputs(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
+        """Refuses prompts without an image where the pipeline edits one, and prompts with one where it does not.
+
+        Raises:
+            ValueError: Which prompt, and what to do.
+        """
+        self._encoder.check(prompts, metadata)
 
     def noise(self, seeds: Tensor) -> Tensor:
         """Standard normal noise of every sample's prior and steps, (B, T+1, *latent) float32 on the device.
@@ -321,16 +326,23 @@ class Policy:
 
     # ---- tracing ----------------------------------------------------------------------------------------------------
 
-    def _trace(self, prompts: Sequence[str], *, num_steps: int | None = None, hollow: bool = True) -> list[Step]:
+    def _trace(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image] | None,
+        *,
+        num_steps: int | None = None,
+        hollow: bool = True,
+    ) -> list[Step]:
         generator = torch.Generator().manual_seed(0)
         output = "pt" if self.pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
-        arguments = self.call.arguments(prompts, output_type=output, generator=generator)
+        arguments = self.call.arguments(prompts, images=images, output_type=output, generator=generator)
         with torch.no_grad():
             return trace(self.pipeline, self.denoiser.module, arguments, num_steps=num_steps, hollow=hollow)
 
     def _read_pipeline(self) -> None:
         """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
-        steps, one, three = probe(self.pipeline, self._trace)
+        steps, one, three = self._probe()
         self._kind = prediction_type(self.pipeline.scheduler)
         self.latent_shape = tuple(steps[0].sample.shape[1:])
         times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
@@ -338,10 +350,29 @@ class Policy:
         self._ode = self._make_schedule(replace(self.sampler, kind="ode"), times)
         self.denoiser.learn_arguments(one, steps[0], three)
         with self.denoiser.autocast():
-            (real,) = self._trace(PROBE_PROMPTS[:2], num_steps=1, hollow=False)
+            images = probe_images(2, self.call.image_size) if self.call.image_size else None
+            (real,) = self._trace(PROBE_PROMPTS[:2], images, num_steps=1, hollow=False)
         self.denoiser.output_type = real.model_output.dtype
         self.rule = find_rule(real, self._replay, rules(rescale=self.sampler.guidance_rescale))
         self.unguided = unguided(self.rule)
+
+    def _probe(self) -> tuple[list[Step], Step, Step]:
+        """What the pipeline does with a few prompts; from prompts alone where an image for each is not taken."""
+        try:
+            return probe(self.pipeline, self._trace, self.call.image_size)
+        except UntraceableError as error:
+            if self.call.image_size is None:
+                raise
+            self.call = read_call(self.pipeline, self.denoiser.module, self.sampler, no_images=str(error))
+            try:
+                return probe(self.pipeline, self._trace)
+            except UntraceableError:
+                raise error from None
+
+    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Condition:
+        with self._decoder.auxiliaries():
+            (step,) = self._trace(prompts, images, num_steps=1)
+        return self.denoiser.condition(prompts, step, self.rule)
 
     def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
         scheduler = self.pipeline.scheduler
@@ -360,17 +391,6 @@ class Policy:
         with torch.no_grad():
             negative, positive = self.denoiser.branches(step.sample, self._time(0, step.sample), condition, rule)
             return rule.combine(negative, positive, self.sampler.guidance_scale)
-
-    def _encode(self, prompts: list[str]) -> None:
-        with self._decoder.auxiliaries():
-            (step,) = self._trace(prompts, num_steps=1)
-        condition = self.denoiser.condition(prompts, step, self.rule)
-        for row, prompt in enumerate(prompts):
-            positive, negative = (
-                ragged.trim({name: value[row].detach() for name, value in side.items()})
-                for side in (condition.positive, condition.negative)
-            )
-            self._encoded[prompt] = (positive, negative)
 
 
 def default_device() -> torch.device:

@@ -2,10 +2,11 @@
 
 Some pipelines cut or pad their prompt embeddings to the prompts of a batch. A row of a `Condition` must not depend on
 its neighbours, so it keeps its own length: `name` is zero-padded at the end, (B, L, ...), and `name` + LENGTH holds
-the true lengths, (B,) int64. B is the number of samples, L the length of the longest.
+the true lengths, (B,) int64 on the CPU wherever the values are: every call of the denoiser needs them as plain
+integers, and reading them back from a GPU would make it wait. B is the number of samples, L the length of the longest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 def trim(row: dict[str, Tensor]) -> dict[str, Tensor]:
     """One sample's tensors without the padding that its neighbours caused."""
     return {name: value[: int(row[name + LENGTH])] if name + LENGTH in row else value for name, value in row.items()}
+
+
+def move(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors on a device, their lengths on the CPU."""
+    return {name: value if name.endswith(LENGTH) else value.to(device) for name, value in tensors.items()}
 
 
 def prefix_mask(lengths: Tensor, longest: int) -> Tensor:

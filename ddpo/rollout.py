@@ -5,18 +5,21 @@ process that draws it (to the rounding of the network's batched kernels).
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ddpo.gaussian import Gaussian
-from ddpo.policy import Policy
 from ddpo.trajectory import Condition, Trajectory
+
+if TYPE_CHECKING:
+    from ddpo.policy import Policy
 
 
 @torch.no_grad()
 def rollout(
-    policy: Policy,
+    policy: "Policy",
     condition: Condition,
     seeds: Tensor,
     *,
@@ -70,7 +73,7 @@ def rollout(
 
 
 @torch.no_grad()
-def path_kl(policy: Policy, trajectory: Trajectory, *, guided: bool = True) -> Tensor:
+def path_kl(policy: "Policy", trajectory: Trajectory, *, guided: bool = True) -> Tensor:
     """KL(policy || reference) at the visited states of trajectories, (B, T) nats, 0 at deterministic steps.
 
     Its sum over steps estimates the path KL without bias, at the parameters that sampled the trajectories (the
@@ -83,7 +86,7 @@ def path_kl(policy: Policy, trajectory: Trajectory, *, guided: bool = True) -> T
 
 
 def _kl_to_reference(
-    policy: Policy, latents: Tensor, condition: Condition, steps: Mapping[int, Gaussian], *, guided: bool
+    policy: "Policy", latents: Tensor, condition: Condition, steps: Mapping[int, Gaussian], *, guided: bool
 ) -> Tensor:
     """KL of the given steps' distributions to the pretrained model's, (B, T) nats, 0 elsewhere.
 

@@ -22,17 +22,19 @@ and how close each sampler comes to its published formula is in docs/samplers.md
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from ddpo.gaussian import Gaussian
 from ddpo.prediction import Prediction, predict
-from ddpo.schedule import Grid, PredictionType, Schedule
+from ddpo.schedule import Grid, PredictionType, Schedule, is_flow_matching
 from ddpo.step_selection import StepSelection, select_steps
 from ddpo.validation import FieldError, check
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SamplerKind = Literal["ddim", "ddpm", "ode", "flow_sde", "dance_sde", "cps"]
 VP_ONLY: tuple[SamplerKind, ...] = ("ddim", "ddpm")
@@ -103,7 +105,7 @@ class SamplerConfig:
 
 
 def default_sampler(
-    scheduler: SchedulerMixin, *, num_steps: int = 50, guidance_scale: float = 5.0, kind: SamplerKind | None = None
+    scheduler: "SchedulerMixin", *, num_steps: int = 50, guidance_scale: float = 5.0, kind: SamplerKind | None = None
 ) -> SamplerConfig:
     """The sampler that fits a pipeline's scheduler: ancestral DDIM for VP models, Flow-GRPO's SDE for flow matching.
 
@@ -113,7 +115,7 @@ def default_sampler(
         guidance_scale: Classifier-free guidance.
         kind: Take this kind instead; the noise level is still the model family's.
     """
-    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    flow = is_flow_matching(scheduler)
     return SamplerConfig(
         kind=kind or ("flow_sde" if flow else "ddim"),
         eta=0.7 if flow else 1.0,  # 0.7 is Flow-GRPO's noise level (arXiv:2505.05470)

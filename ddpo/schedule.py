@@ -9,11 +9,13 @@ T is the number of steps; all tensors of a schedule have shape (T,).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and the formulas here do not need it
+    from diffusers import SchedulerMixin
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -86,7 +88,14 @@ class Schedule:
         )
 
 
-def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+def is_flow_matching(scheduler: "SchedulerMixin") -> bool:
+    """Whether a scheduler is diffusers' flow-matching Euler, the one that flow-matching models are sampled by here."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def training_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
     """The scheduler whose grid and prediction type the policy follows.
 
     Any VP scheduler (PNDM, Euler, DPM-Solver, ...) becomes the `DDIMScheduler` of the same noise schedule, since DDIM
@@ -102,7 +111,9 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         ValueError: The scheduler has neither `alphas_cumprod` nor flow-matching sigmas, is a VP solver set up for flow
             matching, or thresholds x0 dynamically.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    if is_flow_matching(scheduler):
         return scheduler
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
@@ -133,13 +144,15 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return ddim
 
 
-def flow_matching_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+def flow_matching_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
     """The `FlowMatchEulerDiscreteScheduler` behind a VP solver that is set up for flow matching.
 
     Sana and Wan are published with DPM-Solver or UniPC in their flow mode: sigma(t) = shift t / (1 + (shift - 1) t)
     with the constant `flow_shift`. The same curve is FlowMatchEuler's `shift`, whose step is the ODE's Euler step.
     Other schedulers are returned as they are.
     """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     config = scheduler.config
     if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas", False):
         return scheduler
@@ -150,13 +163,13 @@ def flow_matching_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     )
 
 
-def noise_grid(scheduler: SchedulerMixin) -> Grid:
+def noise_grid(scheduler: "SchedulerMixin") -> Grid:
     """The grid of a scheduler whose timesteps are set, in float64 on the CPU.
 
     Args:
         scheduler: As returned by `training_scheduler`, after `set_timesteps`.
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow_matching(scheduler):
         sigmas = scheduler.sigmas.double().cpu()
         return Grid(a=1 - sigmas[:-1], s=sigmas[:-1], a_next=1 - sigmas[1:], s_next=sigmas[1:])
     timesteps = scheduler.timesteps.cpu()
@@ -168,15 +181,15 @@ def noise_grid(scheduler: SchedulerMixin) -> Grid:
     return Grid(a=start.sqrt(), s=(1 - start).sqrt(), a_next=end.sqrt(), s_next=(1 - end).sqrt())
 
 
-def prediction_type(scheduler: SchedulerMixin) -> PredictionType:
+def prediction_type(scheduler: "SchedulerMixin") -> PredictionType:
     """What the denoiser of this scheduler predicts."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow_matching(scheduler):
         return "flow"
     return scheduler.config.prediction_type
 
 
-def clip_range(scheduler: SchedulerMixin) -> float | None:
+def clip_range(scheduler: "SchedulerMixin") -> float | None:
     """The bound to which predicted x0 is clamped, or None."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or not scheduler.config.clip_sample:
+    if is_flow_matching(scheduler) or not scheduler.config.clip_sample:
         return None
     return float(scheduler.config.clip_sample_range)

@@ -172,6 +172,16 @@ def step_output(latents: Tensor, options: Mapping[str, object]) -> object:
     return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents,)
 
 
+def beside_noise(step: Step) -> Tensor:
+    """What the denoiser is given after the noisy tokens of each row, such as those of an input image.
+
+    Shape (rows, tokens, channels); of latents that are no sequences there is nothing, (rows, 0, ...).
+    """
+    latents = step.calls[0].latents
+    noisy = step.sample.shape[1] if latents.ndim == step.sample.ndim == 3 else latents.shape[1]
+    return latents[:, noisy:]
+
+
 def flatten(arguments: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested dictionaries as one with dotted names; None values are dropped, as they are the defaults."""
     flat: dict[str, object] = {}
@@ -244,7 +254,7 @@ def _record(bound: Mapping[str, object], names: CallNames) -> Call:
     for name, value in list(arguments.items()):
         if _is_list_of_tensors(value) and len(value) == latents.shape[0]:
             arguments[name] = ragged.stack(value)
-            arguments[name + ragged.LENGTH] = torch.tensor([row.shape[0] for row in value], device=value[0].device)
+            arguments[name + ragged.LENGTH] = torch.tensor([row.shape[0] for row in value])
             lists.add(name)
     return Call(latents=latents, timestep=torch.as_tensor(timestep), arguments=arguments, lists=frozenset(lists))
 

@@ -47,8 +47,8 @@ class Condition:
         """The same condition on another device."""
         return replace(
             self,
-            positive={name: value.to(device) for name, value in self.positive.items()},
-            negative={name: value.to(device) for name, value in self.negative.items()},
+            positive=ragged.move(self.positive, device),
+            negative=ragged.move(self.negative, device),
         )
 
     @staticmethod

@@ -115,7 +115,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         return
     if options.config is None:
         raise ValueError("train needs a configuration, e.g. ddpo train shapes_ppo (ddpo train --help lists every key)")
-    from trainers.config_io import load_config, to_yaml
+    from trainers.config_io import find_config, load_config, to_yaml
     from trainers.preflight import preflight
 
     config = load_config(options.config, overrides)
@@ -124,7 +124,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         print(plan.describe(), flush=True)
     from trainers.loop import train_from_config
 
-    _print_run(train_from_config(config, config_yaml=to_yaml(config, full=True)))
+    stem = find_config(options.config).stem
+    _print_run(train_from_config(config, config_yaml=to_yaml(config, full=True), stem=stem))
 
 
 def _resume(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -161,6 +162,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
         prompts=options.prompt,
         seed=options.seed,
         num_images=options.num_images,
+        images=options.image,
         output=options.output,
         checkpoint=options.checkpoint,
         sampler=options.sampler,
@@ -331,6 +333,14 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat for several")
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="input image, for a model that edits: one for all prompts, or one for each",
+    )
     parser.add_argument("--seed", type=int, help="noise seed (default: the evaluation's)")
     parser.add_argument(
         "--sampler",
@@ -385,6 +395,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 _CHECK_EPILOG = """\
 Holds the policy to the stock pipeline: model output of every step, noise-free images, the saved adapter in a fresh
 pipeline; then the likelihood, as verify --policy does. The sampler is the one that fits the model unless named.
+A model that edits is given input images made here.
 
   ddpo check stabilityai/stable-diffusion-xl-base-1.0 --precision bf16
   ddpo check ./my_pipeline --num-steps 4 --guidance-scale 1

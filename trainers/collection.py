@@ -111,7 +111,7 @@ def collect(
     advantages = state.advantages(
         objective,
         groups,
-        texts,
+        [prompt.group for prompt in drawn],
         kl=everyones_kl if measured else None,
         alpha=alpha,
         num_steps=num_steps,

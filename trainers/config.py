@@ -261,7 +261,7 @@ class RunConfig:
     """The run folder.
 
     Attributes:
-        name: Folder name; null takes the time and the first reward.
+        name: Folder name; null takes the time (UTC) and the configuration file's name, from Python the first reward's.
         output_dir: Folder of all runs.
     """
 

@@ -5,7 +5,7 @@ that two evaluations differ by the weights alone and compare image by image.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpo import Condition, Policy, Trajectory, rollout, sample_seeds
+from ddpo.input_images import IMAGE
 from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
 from trainers.grouping import GroupBuffer, ImageBatch
@@ -92,6 +93,20 @@ class Evaluation:
         return cls(values=values, images=images, prompts=tuple(prompts))
 
 
+Place = tuple[Prompt, int]
+"""A prompt, and the index in the evaluation set whose noise its image has."""
+
+
+def name(place: Place) -> tuple[str, str, int]:
+    """What tells two places apart: text, input image and index."""
+    prompt, index = place
+    return (*_identity(prompt), index)
+
+
+def _identity(prompt: Prompt) -> tuple[str, str]:
+    return prompt.text, str(prompt.metadata.get(IMAGE, ""))
+
+
 class Evaluator:
     """The fixed evaluation set of a run."""
 
@@ -132,17 +147,22 @@ class Evaluator:
         """Seeds of the given images, (len(indices),) int64."""
         return torch.cat([sample_seeds(self._config.seed, 0, range(i, i + 1)) for i in indices])
 
-    def places(self, texts: Sequence[str], num_images: int) -> list[tuple[str, int]]:
-        """Text and index of images of some prompts: where the evaluation has them, else behind the evaluation's."""
+    def places(self, prompts: Sequence[Prompt], num_images: int) -> "list[Place]":
+        """Places of images of some prompts: where the evaluation has them, else behind the evaluation's."""
         group = self._config.images_per_prompt
-        known = list(self.texts[::group])
-        known += [text for text in dict.fromkeys(texts) if text not in known]
-        return [(text, known.index(text) * group + i) for text in texts for i in range(num_images)]
+        known = [_identity(prompt) for prompt in self.prompts[::group]]
+        known += [key for key in dict.fromkeys(map(_identity, prompts)) if key not in known]
+        return [(p, known.index(_identity(p)) * group + i) for p in prompts for i in range(num_images)]
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The text of each of the E images."""
         return tuple(prompt.text for prompt in self.prompts)
+
+    @property
+    def metadata(self) -> tuple[Mapping[str, object], ...]:
+        """What came with the prompt of each of the E images."""
+        return tuple(prompt.metadata for prompt in self.prompts)
 
     def __call__(self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None) -> Evaluation:
         """Samples and measures.

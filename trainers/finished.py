@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from ddpo import Policy
+from ddpo.input_images import IMAGE, check_image
 from rewards import RewardError, WeightedSum
 from trainers.checkpoint import Tensors, Values, load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
-from trainers.evaluation import Evaluation, Evaluator, evaluation_prompts, sample_images
+from trainers.evaluation import Evaluation, Evaluator, Place, evaluation_prompts, name, sample_images
 from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream
-from trainers.report import write_comparison
+from trainers.report import shown_inputs, write_comparison
 from trainers.run import RunFolder
 from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
@@ -37,6 +38,7 @@ def sample_run(
     prompts: list[str],
     seed: int | None = None,
     num_images: int = 4,
+    images: Sequence[Path] = (),
     output: Path | None = None,
     checkpoint: str | None = None,
     sampler: SamplerChoice = "evaluation",
@@ -50,13 +52,18 @@ def sample_run(
         prompts: At least one text.
         seed: Of the noise; None for the evaluation's.
         num_images: Images per prompt.
+        images: Input images of a pipeline that edits: one for all prompts, or one for each.
         output: Folder to write to; None for `<run>/samples`.
         checkpoint: Name of a checkpoint folder; None takes the newest.
         sampler: Whose sampler to use, the evaluation's or training's (`rollout`).
 
     Returns:
         The picture with both side by side; the fine-tuned model's plain images lie beside it.
+
+    Raises:
+        ValueError: An input image is missing, cannot be read, or is of no use to the pipeline.
     """
+    metadata = _with_images(len(prompts), images)
     folder = RunFolder.open(run)
     config = load_config(folder.path / "config.yaml")
     processes = Processes(device=config.model.device)
@@ -65,20 +72,22 @@ def sample_run(
     chosen = config.evaluation_sampler if sampler == "evaluation" else config.sampler
     policy = state.policy.with_sampler(chosen, seed=config.seed)
     evaluator = make_evaluator(config, processes, seed=seed)
-    wanted = evaluator.places(prompts, num_images)
+    prompted = [Prompt(text=text, metadata=entry) for text, entry in zip(prompts, metadata, strict=True)]
+    wanted = evaluator.places(prompted, num_images)
     with state.ema.applied():
         before, after = (
             _images(policy, evaluator, wanted, num_processes=num_processes_of(contents), mode=mode)
             for mode in (policy.reference(), nullcontext())
         )
-    texts = [text for text, _ in wanted]
-    old, new = _scores(state.reward, before, texts), _scores(state.reward, after, texts)
+    asked = [prompt for prompt, _ in wanted]
+    texts, given = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
+    old, new = _scores(state.reward, before, asked), _scores(state.reward, after, asked)
     output = output or folder.path / "samples"
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(after):
         to_pil(image).save(output / f"{i:03d}.png")
     picture = output / "before_after.png"
-    side_by_side(before, after, texts, old, new).save(picture)
+    side_by_side(before, after, texts, old, new, inputs=shown_inputs(given, before)).save(picture)
     return picture
 
 
@@ -109,7 +118,8 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
     after = evaluate(state.ema.applied())
     output = output or folder.path / f"evaluation_epoch_{state.epoch:06d}"
     if processes.is_main:
-        table = write_comparison(output, before, after, num_pictures=config.tracking.num_pictures)
+        shown = config.tracking.num_pictures
+        table = write_comparison(output, before, after, num_pictures=shown, metadata=evaluator.metadata)
         print(table, flush=True)  # noqa: T201
     return output
 
@@ -151,19 +161,31 @@ def make_evaluator(config: Config, processes: Processes, *, seed: int | None = N
     )
 
 
-def _scores(reward: WeightedSum, images: Tensor, texts: list[str]) -> list[float]:
+def _with_images(count: int, images: Sequence[Path]) -> list[dict[str, object]]:
+    """Metadata of `count` prompts: their input images, which are read once to see that they can be."""
+    if len(images) not in (0, 1, count):
+        raise ValueError(f"give one image for all {count} prompts or one for each, got {len(images)}")
+    for image in images:
+        check_image(image)
+    each = [*images] * count if len(images) == 1 else images
+    return [{IMAGE: str(image)} for image in each] if images else [{} for _ in range(count)]
+
+
+def _scores(reward: WeightedSum, images: Tensor, asked: list[Prompt]) -> list[float]:
     """Scores where the run's rewards apply: a free prompt may be none of theirs, and the pictures count here."""
+    inputs = shown_inputs([prompt.metadata for prompt in asked], images)
+    metadata = [{} for _ in asked] if inputs is None else [{IMAGE: image} for image in inputs]
     try:
-        return reward(images, texts, [{} for _ in texts]).total.tolist()
+        return reward(images, [prompt.text for prompt in asked], metadata).total.tolist()
     except RewardError as error:
         warnings.warn(f"pictures without scores: {error}", stacklevel=2)
-        return [math.nan] * len(texts)
+        return [math.nan] * len(asked)
 
 
 def _images(
     policy: Policy,
     evaluator: Evaluator,
-    wanted: Sequence[tuple[str, int]],
+    wanted: Sequence[Place],
     *,
     num_processes: int,
     mode: AbstractContextManager[None],
@@ -174,20 +196,22 @@ def _images(
     output by a rounding error, which could show in the pixels.
     """
     batches = [
-        [(evaluator.texts[i], i) for i in indices]
+        [(evaluator.prompts[i], i) for i in indices]
         for rank in range(num_processes)
         for indices in evaluator.batches(rank, num_processes)
     ]
-    evaluated = {entry for batch in batches for entry in batch}
-    others = [entry for entry in dict.fromkeys(wanted) if entry not in evaluated]
+    evaluated = {name(place) for batch in batches for place in batch}
+    others = [place for place in {name(place): place for place in wanted}.values() if name(place) not in evaluated]
     size = evaluator.batch_size
     batches += [others[start : start + size] for start in range(0, len(others), size)]
-    made: dict[tuple[str, int], Tensor] = {}
+    made: dict[tuple[str, str, int], Tensor] = {}
     with mode:
         for batch in batches:
-            if not set(batch) & set(wanted):
+            if not {name(place) for place in batch} & {name(place) for place in wanted}:
                 continue
-            prompts = [Prompt(text=text) for text, _ in batch]
-            trajectory = sample_images(policy, prompts, evaluator.seeds([place for _, place in batch]))
-            made.update(zip(batch, policy.decode(trajectory.final).cpu(), strict=True))
-    return torch.stack([made[entry] for entry in wanted])
+            trajectory = sample_images(
+                policy, [prompt for prompt, _ in batch], evaluator.seeds([place for _, place in batch])
+            )
+            images = policy.decode(trajectory.final).cpu()
+            made.update(zip((name(place) for place in batch), images, strict=True))
+    return torch.stack([made[name(place)] for place in wanted])

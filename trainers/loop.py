@@ -27,10 +27,10 @@ from trainers.config_io import load_resumed, to_yaml
 from trainers.evaluation import Evaluation
 from trainers.metrics import Stopwatch
 from trainers.overoptimisation import Finding, best_weights, find, heldout_signs, keep_best, read_history, save_record
-from trainers.pictures import caption, grid, save_curves, to_pil
+from trainers.pictures import caption, grid, save_curves, to_pil, with_inputs
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
-from trainers.report import epoch_line, epoch_row, scalars, spread, write_comparison
+from trainers.report import epoch_line, epoch_row, scalars, shown_inputs, spread, write_comparison
 from trainers.run import RunFolder, read_metrics
 from trainers.scoring import Scorer
 from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
@@ -88,18 +88,19 @@ def train(
     return _train(session)
 
 
-def train_from_config(config: Config, *, config_yaml: str) -> Path:
+def train_from_config(config: Config, *, config_yaml: str, stem: str | None = None) -> Path:
     """Starts a run from a configuration that passed `trainers.preflight`.
 
     Args:
         config: The configuration.
         config_yaml: Its text, saved with the run.
+        stem: Name of its file without the suffix, after which a run without `run.name` is called.
 
     Returns:
         The run folder.
     """
     processes = Processes(device=config.model.device)
-    run = create_run(config, processes, yaml=config_yaml)
+    run = create_run(config, processes, yaml=config_yaml, stem=stem)
     return _train(load_session(config, processes, run, first_step=0))
 
 
@@ -191,8 +192,10 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
     if _due(state.epoch, state.config.tracking.pictures_every_epochs):
         scores = collected.experience.scores.tolist()
         captions = [caption(p, s) for p, s in zip(collected.prompts, scores[: len(collected.images)], strict=False)]
-        session.run.save_picture(grid(collected.images, captions), f"epoch_{state.epoch:06d}")
-        pictures = [Picture(image=to_pil(x), caption=text) for x, text in zip(collected.images, captions, strict=True)]
+        condition = collected.experience.trajectory.condition
+        drawn = with_inputs(collected.images, shown_inputs(condition.metadata, collected.images))
+        session.run.save_picture(grid(drawn, captions), f"epoch_{state.epoch:06d}")
+        pictures = [Picture(image=x, caption=text) for x, text in zip(drawn, captions, strict=True)]
         session.tracker.images("samples", pictures, step=state.epoch)
 
 
@@ -275,10 +278,10 @@ def _finish(session: Session, evaluations: Path, *, stopped: bool) -> None:
     texts = session.evaluator.texts
     before = Evaluation.load(evaluations, "epoch_000000", texts).rescored(state.reward)
     after = Evaluation.load(evaluations, chosen, texts).rescored(state.reward)
-    table = write_comparison(run.path, before, after, num_pictures=state.config.tracking.num_pictures)
+    shown = state.config.tracking.num_pictures
+    table = write_comparison(run.path, before, after, num_pictures=shown, metadata=session.evaluator.metadata)
     save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
-    shown = spread(len(texts), state.config.tracking.num_pictures)
-    pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in shown]
+    pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in spread(len(texts), shown)]
     session.tracker.images("final", pictures, step=state.epoch)
     session.tracker.close()
     print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)  # noqa: T201

@@ -58,12 +58,16 @@ def caption(prompt: str, score: float, *, name: str = "reward") -> str:
 
 
 def grid(
-    images: "Tensor", captions: Sequence[str], *, columns: int | None = None, scale: int | None = None
+    images: "Tensor | Sequence[Image.Image]",
+    captions: Sequence[str],
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
 ) -> Image.Image:
     """Lays captioned images out in rows.
 
     Args:
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, 3, H, W) in [0, 1], or B pictures.
         captions: One per image. A first line too long for the tile is wrapped, and cut after three lines; lines after a
             newline (the score, see `caption`) are always shown.
         columns: Images in a row; None for a nearly square grid.
@@ -73,7 +77,8 @@ def grid(
         raise ValueError(
             f"a grid needs one caption per image and at least one image, got {len(images)} and {len(captions)}"
         )
-    tiles = [captioned(to_pil(image), text, scale=scale) for image, text in zip(images, captions, strict=True)]
+    drawn = [image if isinstance(image, Image.Image) else to_pil(image) for image in images]
+    tiles = [captioned(image, text, scale=scale) for image, text in zip(drawn, captions, strict=True)]
     return _arrange(tiles, columns or math.ceil(math.sqrt(len(tiles))))
 
 
@@ -81,6 +86,14 @@ def captioned(image: Image.Image, text: str, *, scale: int | None = None) -> Ima
     """One image with its caption drawn below it."""
     tile = enlarge(image, scale)
     return _stack(tile, _caption_lines(text, tile.width))
+
+
+def with_inputs(images: "Tensor", inputs: Sequence[Image.Image] | None) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [0, 1], each with the image that was edited to its left, if there are any."""
+    made = [to_pil(image) for image in images]
+    if inputs is None:
+        return made
+    return [_arrange([enlarge(given), enlarge(image)], 2, margin=0) for given, image in zip(inputs, made, strict=True)]
 
 
 def side_by_side(
@@ -92,7 +105,7 @@ def side_by_side(
     *,
     columns: int | None = None,
     scale: int | None = None,
-    headers: tuple[str, str] = ("pretrained", "fine-tuned"),
+    inputs: Sequence[Image.Image] | None = None,
 ) -> Image.Image:
     """Pairs of images from the same prompts and seeds: left the pretrained model's, right the fine-tuned one's.
 
@@ -104,16 +117,24 @@ def side_by_side(
         scores_after: One per pair; green where higher than before, red where lower.
         columns: Pairs in a row; None for about as wide as high.
         scale: Whole enlargement factor; None to choose one.
-        headers: Written above the two columns of every pair.
+        inputs: The images that were edited, one per pair, shown left of it; None for none.
+
+    The columns are headed `input`, `pretrained`, `fine-tuned`.
     """
     counts = {len(before), len(after), len(prompts), len(scores_before), len(scores_after)}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"side_by_side needs the same number, at least one, of everything, got {sorted(counts)}")
+    headers = ("pretrained", "fine-tuned") if inputs is None else ("input", "pretrained", "fine-tuned")
     blocks = []
-    for left, right, prompt, old, new in zip(before, after, prompts, scores_before, scores_after, strict=True):
-        score_lines = [(_number(old), GREY)], [(_number(new), _verdict(old, new))]
-        pair = [_stack(enlarge(to_pil(x), scale), lines) for x, lines in zip((left, right), score_lines, strict=True)]
-        pair_image = _arrange(pair, 2, margin=PAIR_MARGIN)
+    for b, (prompt, old, new) in enumerate(zip(prompts, scores_before, scores_after, strict=True)):
+        tiles: list[tuple[Image.Image, list[Line]]] = [
+            (to_pil(before[b]), [(_number(old), GREY)]),
+            (to_pil(after[b]), [(_number(new), _verdict(old, new))]),
+        ]
+        if inputs is not None:
+            tiles.insert(0, (inputs[b], [("", GREY)]))
+        pair = [_stack(enlarge(image, scale), lines) for image, lines in tiles]
+        pair_image = _arrange(pair, len(pair), margin=PAIR_MARGIN)
         lines = [(line, INK) for line in _wrap(prompt, pair_image.width - 2 * PAIR_MARGIN, PROMPT_LINES)]
         blocks.append(_stack(pair_image, lines, above=True, indent=PAIR_MARGIN))
     columns = min(columns or max(1, math.ceil(math.sqrt(len(blocks) / 2))), len(blocks))
@@ -244,8 +265,8 @@ def _arrange(tiles: Sequence[Image.Image], columns: int, *, margin: int = MARGIN
     return canvas
 
 
-def _with_headers(body: Image.Image, headers: tuple[str, str], *, columns: int, margin: int) -> Image.Image:
-    """The column headers above every pair of a `side_by_side` body."""
+def _with_headers(body: Image.Image, headers: Sequence[str], *, columns: int, margin: int) -> Image.Image:
+    """The column headers above every block of a `side_by_side` body."""
     font = _font(FONT_SIZE + 3)
     band = FONT_SIZE + 14
     canvas = Image.new("RGB", (body.width, body.height + band), PAPER)
@@ -254,6 +275,6 @@ def _with_headers(body: Image.Image, headers: tuple[str, str], *, columns: int, 
     pair = (body.width - margin) // columns
     for column in range(columns):
         for side, header in enumerate(headers):
-            centre = margin + column * pair + (pair - margin) * (1 + 2 * side) // 4
+            centre = margin + column * pair + (pair - margin) * (1 + 2 * side) // (2 * len(headers))
             draw.text((centre, band), header, fill=INK, font=font, anchor="ms")
     return canvas

@@ -4,7 +4,8 @@ A source is one of, in this order: `shapes` and `shapes_hard`; a `.txt` file wit
 with one object a line; `module:function` or `file.py:function`; a list shipped in `configs/prompts`; a Hugging Face
 dataset.
 An entry is a text, or a mapping whose key `column` is the text and whose other keys are metadata for the rewards (a
-mapping under the key `metadata` is merged into them).
+mapping under the key `metadata` is merged into them). For pipelines that edit, the key `image` is the input image: a
+file, in a `.jsonl` source relative to that source, or a PIL image from a function.
 
 `PromptStream` draws them in an order that is a pure function of seed and position, so a position is all that a
 checkpoint has to remember.
@@ -15,11 +16,13 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, cast, get_args
 
 import numpy as np
 
+from ddpo.input_images import IMAGE, InputImageError, check_image, identity
 from ddpo.validation import check
 from trainers.shipped import PROMPTS
 
@@ -40,7 +43,8 @@ class PromptConfig:
             list, `shapes` (captions for the shipped pipeline; `shapes_hard` for counts, positions and two colours), a
             shipped list such as `animals`, or the name of a Hugging Face dataset.
         split: Split of a dataset, of `shapes` (`train`, `heldout`), or of a function that takes one.
-        column: Key of the prompt in a dataset, a JSON line or a dict; other keys become metadata for rewards.
+        column: Key of the prompt in a dataset, a JSON line or a dict; other keys become metadata for rewards, and
+            `image`, a file, is the input image of a pipeline that edits.
         limit: Take the first so many prompts; null takes all.
         shuffle: Draw in a new random order on each pass, else in the order of the source.
     """
@@ -70,6 +74,11 @@ class Prompt:
     text: str
     metadata: dict[str, object] = field(default_factory=dict)
 
+    @cached_property
+    def group(self) -> str:
+        """What tells it from other prompts: the text, and the input image where there is one."""
+        return f"{self.text} [{identity(self.metadata[IMAGE])}]" if IMAGE in self.metadata else self.text
+
 
 def load_prompts(config: PromptConfig) -> list[Prompt]:
     """Reads all prompts of a source.
@@ -78,7 +87,8 @@ def load_prompts(config: PromptConfig) -> list[Prompt]:
         PromptError: the source is missing, empty or malformed; the message names it, and the line or entry.
     """
     entries = list(_read(config))
-    prompts = [_to_prompt(entry, where=where, config=config) for where, entry in entries[: config.limit]]
+    folder = Path(config.source).expanduser().parent if config.source.endswith(".jsonl") else Path()
+    prompts = [_to_prompt(entry, where=where, config=config, folder=folder) for where, entry in entries[: config.limit]]
     if not prompts:
         raise PromptError(f"{config.source}: has no prompts; give at least one")
     return prompts
@@ -219,7 +229,7 @@ def _numbered(source: str, unit: str, entries: Iterable[object]) -> Entries:
     return [(f"{source}: {unit} {number}", entry) for number, entry in enumerate(entries)]
 
 
-def _to_prompt(entry: object, *, where: str, config: PromptConfig) -> Prompt:
+def _to_prompt(entry: object, *, where: str, config: PromptConfig, folder: Path) -> Prompt:
     if isinstance(entry, str):
         entry = {config.column: entry}
     if not isinstance(entry, Mapping):
@@ -233,4 +243,18 @@ def _to_prompt(entry: object, *, where: str, config: PromptConfig) -> Prompt:
     if not isinstance(nested, Mapping):
         raise PromptError(f"{where}: 'metadata' must be a mapping, got {nested!r}")
     others = {key: value for key, value in entry.items() if key not in (config.column, "metadata")}
-    return Prompt(text=text, metadata={**others, **nested})
+    metadata = {**others, **nested}
+    if IMAGE in metadata:
+        metadata[IMAGE] = _input_image(metadata[IMAGE], where=where, folder=folder)
+    return Prompt(text=text, metadata=metadata)
+
+
+def _input_image(source: object, *, where: str, folder: Path) -> object:
+    """The image as it is, or the absolute path of a file that can be read, from `folder` on."""
+    if isinstance(source, str | Path):
+        source = str((folder / Path(source).expanduser()).absolute())
+    try:
+        check_image(source)
+    except InputImageError as error:
+        raise PromptError(f"{where}: {IMAGE!r}: {error}") from error
+    return source

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from ddpo.input_images import inputs_of
 from trainers.collection import Collected
 from trainers.evaluation import KL, Evaluation, Measure
 from trainers.metrics import Stopwatch, memory_gib
@@ -111,9 +113,18 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def write_comparison(
-    folder: Path, before: Evaluation, after: Evaluation, *, num_pictures: int, name: str = "summary"
+    folder: Path,
+    before: Evaluation,
+    after: Evaluation,
+    *,
+    num_pictures: int,
+    metadata: Sequence[Mapping[str, object]] | None = None,
+    name: str = "summary",
 ) -> str:
-    """Writes `<name>.txt`, `<name>.json` and `before_after.png` into a folder and returns the table."""
+    """Writes `<name>.txt`, `<name>.json` and `before_after.png` into a folder and returns the table.
+
+    With `metadata` of each image, the picture also shows the input images that it names.
+    """
     table = comparison(before, after)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(table + "\n")
@@ -129,9 +140,20 @@ def write_comparison(
         [before.prompts[i] for i in shown],
         before.values["reward"][shown].tolist(),
         after.values["reward"][shown].tolist(),
+        inputs=None if metadata is None else shown_inputs([metadata[i] for i in shown], before.images),
     )
     picture.save(folder / "before_after.png")
     return table
+
+
+def shown_inputs(metadata: Sequence[Mapping[str, object]], images: Tensor) -> list[Image] | None:
+    """The input images of pictures (B, 3, H, W), at their size; None where there are none.
+
+    Args:
+        metadata: At least B; the first B count.
+        images: The pictures.
+    """
+    return inputs_of(metadata[: len(images)], (images.shape[-1], images.shape[-2]))
 
 
 def spread(total: int, count: int) -> Tensor:

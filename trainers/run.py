@@ -52,9 +52,9 @@ class RunFolder:
 
         Args:
             output_dir: Parent of all runs; made when missing.
-            name: Folder name, or None for `<stem>-<UTC time>`, with a counter if that is taken.
+            name: Folder name, or None for `<UTC time>_<stem>`, with a counter if that is taken.
             config_yaml: The resolved configuration as text.
-            stem: Name of the configuration file without its suffix.
+            stem: What the run is called after: the configuration file without its suffix, or the first reward.
 
         Raises:
             RunError: The name is taken or not a plain folder name, or the folder cannot be written.
@@ -198,7 +198,7 @@ def _jsonable(key: str, value: object) -> object:
 
 
 def _default_name(stem: str) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', stem)}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return f"{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', stem)}"
 
 
 def _make_named(path: Path) -> Path:

@@ -50,9 +50,17 @@ class Session:
     tracker: Tracker
 
 
-def create_run(config: Config, processes: Processes, *, yaml: str) -> RunFolder:
-    """Makes the folder on the main process and tells the others its name."""
-    stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | None = None) -> RunFolder:
+    """Makes the folder on the main process and tells the others its name.
+
+    Args:
+        config: The run's configuration.
+        processes: Who shares the run.
+        yaml: The configuration's text.
+        stem: What an unnamed run is called after; None takes the first reward.
+    """
+    if stem is None:
+        stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
     made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
@@ -107,6 +115,8 @@ def make_session(
             f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
             "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
         )
+    everything = [*prompts, *evaluated]
+    policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
     plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)

@@ -6,11 +6,14 @@ memory is bounded by the micro-batch and not by the number of steps.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ddpo.policy import Policy
 from ddpo.trajectory import Transitions
+
+if TYPE_CHECKING:  # the configurations of objectives are read without loading diffusers
+    from ddpo.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,4 +29,4 @@ class Loss:
     metrics: dict[str, Tensor]
 
 
-Objective = Callable[[Policy, Transitions], Iterator[Loss]]
+Objective = Callable[["Policy", Transitions], Iterator[Loss]]

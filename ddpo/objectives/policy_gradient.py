@@ -21,15 +21,17 @@ Deviation from the papers: the KL term of later updates is taken at the states o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ddpo.objectives.base import Loss, Objective
-from ddpo.policy import Policy
 from ddpo.trajectory import Transitions
 from ddpo.validation import check
+
+if TYPE_CHECKING:
+    from ddpo.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def policy_gradient(config: PolicyGradientConfig) -> Objective:
     surrogate = {"reinforce": reinforce_loss, "ppo": ppo_loss}[config.surrogate]
     guided = config.train_guidance == "same"
 
-    def objective(policy: Policy, batch: Transitions) -> Iterator[Loss]:
+    def objective(policy: "Policy", batch: Transitions) -> Iterator[Loss]:
         distribution = policy(batch.steps, batch.latents, batch.condition, guided=guided)
         dims = batch.latents[0].numel()
         log_ratio = distribution.log_prob(batch.next_latents) - batch.log_probs

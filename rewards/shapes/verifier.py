@@ -16,8 +16,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from rewards.shapes.render import PALETTE, SIZE, coverage
 from rewards.shapes.scene import COLORS, SHAPES, Group, Scene, category, parse
@@ -128,6 +126,8 @@ def detect(labels: np.ndarray) -> Found:
     Returns:
         The objects.
     """
+    from scipy import ndimage
+
     colors, masks, centers = [], [], []
     for color in np.unique(labels[labels > 0]):
         components, _ = ndimage.label(labels == color)
@@ -164,6 +164,8 @@ def _overlaps(masks: np.ndarray, templates: np.ndarray) -> np.ndarray:
 @cache
 def _templates() -> np.ndarray:
     """Returns the mean stretched mask of each shape over renders of many sizes and sub-pixel positions: (4, 12, 12)."""
+    from scipy import ndimage
+
     rng = np.random.default_rng(0)
     templates = np.zeros((len(SHAPES), _GRID, _GRID))
     num = 64
@@ -185,6 +187,8 @@ def score(found: Found, scene: Scene) -> float:
     Returns:
         A number in [0, 1], 1 only where everything is met and nothing is extra.
     """
+    from scipy.optimize import linear_sum_assignment
+
     credit = np.concatenate([np.repeat(_credit(found, group)[None], group.count, 0) for group in scene.groups])
     rows, columns = linear_sum_assignment(credit, maximize=True)
     objects = credit[rows, columns].sum() / max(credit.shape)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 # What the two base packages may need just to be imported.
 LIBRARIES = {
-    "ddpo": {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy"},
+    "ddpo": {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL"},
     "rewards": {"torch", "numpy", "scipy", "PIL"},
 }
 OPTIONAL = {

@@ -5,6 +5,7 @@ from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -147,3 +148,8 @@ def tiny_flux(*, seed=0):
         tokenizer_2=tokenizer_2,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+
+
+def tiny_kontext(*, seed=0):
+    """FLUX Kontext: FLUX.1's parts, the tokens of an input image after the noisy ones."""
+    return FluxKontextPipeline(**tiny_flux(seed=seed).components)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ddpo import LoraConfig, Policy, SamplerConfig, rollout
+from ddpo.input_images import probe_images
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import recording
-from tests.ddpo.families import tiny_flux, tiny_sd3, tiny_sdxl
+from tests.ddpo.families import tiny_flux, tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import (
     tiny_ddpm,
     tiny_flux2,
@@ -48,6 +49,7 @@ FAMILIES = {
                             options={**SIZE, "guidance_rescale": 0.7}),
     "sd3": Family(build=tiny_sd3, rule="stacked"),
     "flux": Family(build=tiny_flux, rule="none"),
+    "kontext": Family(build=tiny_kontext, rule="none"),
     "flux2": Family(build=tiny_flux2, rule="none"),
     "pixart": Family(build=tiny_pixart, sampler="ddim", rule="stacked, learned variance"),
     "pixart unguided": Family(build=tiny_pixart, sampler="ddim", rule="none, learned variance", guidance=1.0),
@@ -76,9 +78,21 @@ def stock(family):
     return pipeline
 
 
+def metadata(policy):
+    """An input image for each prompt of a pipeline that edits."""
+    size = policy.call.image_size
+    return [{"image": image} for image in probe_images(2, size)] if size else [{}, {}]
+
+
+def encode(policy):
+    return policy.encode(PROMPTS, metadata(policy))
+
+
 def run_stock(pipeline, policy):
     """A stock pipeline's images (all frames of a video) and the recorded steps of its loop."""
-    arguments = policy.call.arguments(PROMPTS, output_type="pt", generator=torch.Generator().manual_seed(5))
+    images = [entry["image"] for entry in metadata(policy)] if policy.call.image_size else None
+    generator = torch.Generator().manual_seed(5)
+    arguments = policy.call.arguments(PROMPTS, images=images, output_type="pt", generator=generator)
     with recording(pipeline, getattr(pipeline, policy.name)) as steps:
         images = pipeline(**arguments, return_dict=False)[0]
     return images if images.ndim == 5 else images[:, None], steps
@@ -89,7 +103,7 @@ def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
     policy = make(family, "ode")
     assert policy.rule.name == FAMILIES[family].rule
     images, steps = run_stock(stock(family), policy)
-    condition = policy.encode(PROMPTS)
+    condition = encode(policy)
     assert len(steps) == policy.schedule.num_steps == 3
     with torch.no_grad():
         for k, step in enumerate(steps):
@@ -106,7 +120,7 @@ def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
 def test_log_probs_of_mixed_steps_equal_the_rollouts(family):
     policy = make(family)
     perturb(policy, scale=0.05)
-    trajectory = rollout(policy, policy.encode(PROMPTS), torch.arange(2), with_kl=True)
+    trajectory = rollout(policy, encode(policy), torch.arange(2), with_kl=True)
     rows, steps = torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1])
     now = policy(steps, trajectory.latents[rows, steps], trajectory.condition.index(rows))
     difference = now.log_prob(trajectory.latents[rows, steps + 1]) - trajectory.log_probs[rows, steps]
@@ -130,7 +144,7 @@ def test_a_saved_adapter_loads_into_the_stock_pipeline(family, tmp_path):
         network = peft.PeftModel.from_pretrained(getattr(pipeline, policy.name), tmp_path).get_base_model()
         pipeline.register_modules(**{policy.name: network})
     theirs, steps = run_stock(pipeline, policy)
-    final = rollout(policy, policy.encode(PROMPTS), torch.arange(2), latents=steps[0].sample).final
+    final = rollout(policy, encode(policy), torch.arange(2), latents=steps[0].sample).final
     torch.testing.assert_close(policy.decode_frames(final), theirs, rtol=0, atol=2e-5)
     assert (theirs - before).abs().max() > 1e-3
 

@@ -46,6 +46,19 @@ def test_the_embeddings_have_the_length_of_their_prompt(name):
 
 
 @every_build
+def test_lengths_stay_on_the_host_wherever_the_embeddings_go(name):
+    condition = make(name).encode(PROMPTS)
+    there = Condition.concatenate([condition.to("meta").index(torch.tensor([2, 0])), condition.to("meta")])
+    for side in (there.positive, there.negative):
+        assert {value.device.type for key, value in side.items() if not key.endswith(ragged.LENGTH)} == {"meta"}
+        (lengths,) = (value for key, value in side.items() if key.endswith(ragged.LENGTH))
+        assert lengths.device.type == "cpu" and len(lengths) == 6
+    order = torch.tensor([len(prompt) for prompt in PROMPTS])[torch.tensor([2, 0, 0, 1, 2, 3])]
+    (lengths,) = (value for key, value in there.positive.items() if key.endswith(ragged.LENGTH))
+    assert torch.equal(lengths - lengths[1], order - order[1])
+
+
+@every_build
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], ["a cat", "a dog"], PROMPTS[1:3]], ids=["one", "equal", "unequal"])
 def test_model_outputs_equal_the_stock_pipelines_whatever_was_encoded_together(name, prompts):
     """Equal lengths make Qwen-Image's pipeline leave the mask out, unequal ones make it pad to the longest."""

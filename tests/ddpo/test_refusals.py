@@ -78,10 +78,7 @@ class SkipsSteps(StableDiffusionPipeline):
     ("pipeline_class", "message"),
     [
         (StableDiffusionInpaintPipeline, "StableDiffusionInpaintPipeline needs mask_image besides a prompt"),
-        (
-            StableDiffusionImg2ImgPipeline,
-            "StableDiffusionImg2ImgPipeline fails when it is called from prompts and noise alone: .",
-        ),
+        (StableDiffusionImg2ImgPipeline, "StableDiffusionImg2ImgPipeline starts from an image with noise on it"),
         (WithoutScheduler, "WithoutScheduler has no scheduler"),
         (StylePipeline, "timestep_cond of UNet2DConditionModel depends on the prompts"),
         (LateGuidance, "LateGuidance calls its denoiser differently at different steps"),

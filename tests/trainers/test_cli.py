@@ -9,6 +9,7 @@ from rewards.base import RewardError
 from trainers.cli import main
 from trainers.config_io import load_config, to_yaml
 
+ROOT = Path(__file__).parents[2]
 TINY = """
 rewards: [{name: jpeg_compressibility}]
 prompts: {source: animals}
@@ -104,13 +105,13 @@ def test_resume_with_an_equal_or_longer_config_passes_the_difference(run_folder,
 
 
 def test_sample_evaluate_and_dashboard_pass_their_options(calls, capsys):
-    assert main(["sample", "r", "--prompt", "a", "--prompt", "b", "--seed", "3", "--num-images", "2"]) == 0
+    assert main(["sample", "r", "--prompt", "a", "--prompt", "b", "--seed", "3", "--image", "x.png"]) == 0
     assert main(["evaluate", "r", "--checkpoint", "epoch-10", "--output", "o"]) == 0
     assert main(["dashboard", "--port", "7", "--no-browser"]) == 0
-    keys = {"prompts": ["a", "b"], "seed": 3, "num_images": 2, "output": None, "checkpoint": None}
+    keys = {"prompts": ["a", "b"], "seed": 3, "num_images": 4, "images": [Path("x.png")], "output": None}
     keys["sampler"] = "evaluation"
     assert calls == [
-        ("sample_run", (Path("r"),), keys),
+        ("sample_run", (Path("r"),), {**keys, "checkpoint": None}),
         ("evaluate_run", (Path("r"),), {"checkpoint": "epoch-10", "output": Path("o")}),
         ("show_dashboard", (None,), {"port": 7, "open_browser": False}),
     ]
@@ -223,3 +224,17 @@ def test_an_interrupt_ends_with_status_130(config_file, calls, capsys, monkeypat
     monkeypatch.setattr(sys.modules["trainers.loop"], "train_from_config", interrupt)
     assert main(["train", config_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["rewards", "list"], ["plan", "sd15_jpeg"]])
+def test_commands_that_load_no_model_import_neither_diffusers_nor_peft(arguments):
+    """They take seconds, which nobody waits for to read a help text."""
+    script = f"""
+import sys
+from trainers.cli import main
+assert main({arguments!r}) in (0, 2)
+slow = {{"diffusers", "peft", "transformers", "accelerate", "scipy.ndimage"}} & set(sys.modules)
+assert not slow, slow
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert found.returncode == 0, found.stderr

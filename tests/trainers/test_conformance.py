@@ -1,5 +1,6 @@
 """`ddpo check`: what passes, what fails, and what is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,20 +9,21 @@ from diffusers import StableDiffusionInpaintPipeline
 
 from ddpo import SamplerConfig
 from ddpo.guidance import linear
-from tests.ddpo.families import tiny_sd3, tiny_sdxl
-from tests.ddpo.more_families import tiny_pixart, tiny_qwen
+from tests.ddpo.editing_families import tiny_qwen_edit
+from tests.ddpo.families import tiny_kontext, tiny_sd3, tiny_sdxl
+from tests.ddpo.more_families import tiny_ddpm, tiny_pixart, tiny_qwen
 from tests.ddpo.tools import SIZE
 from tests.tiny import tiny_stable_diffusion
 from trainers.cli import main
-from trainers.verification.conformance import likelihood_checks, make_subject, pipeline_checks
+from trainers.verification.conformance import likelihood_checks, make_subject, pipeline_checks, reached_rows
 from trainers.verification.suite import run_checks
 
 ARGUMENTS = ["--num-steps", "3", "--height", "16", "--width", "16"]
 
 
-def rows(build, *, fresh=None, change=None, kind="ddim", precision="fp32"):
+def rows(build, *, fresh=None, change=None, kind="ddim", precision="fp32", size=SIZE):
     """The measurements of a tiny pipeline by name of their check."""
-    sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=4.0, **SIZE)
+    sampler = SamplerConfig(kind=kind, num_steps=3, guidance_scale=4.0, **size)
     subject = make_subject(build(), sampler=sampler, precision=precision, device="cpu", fresh=fresh or build)
     if change is not None:
         change(subject.policy)
@@ -67,6 +69,39 @@ def test_a_pipeline_without_lora_loaders_and_one_with_weights_that_nothing_reads
     qwen = rows(tiny_qwen, kind="flow_sde")
     assert not failed(qwen)
     assert "transformer_blocks.1.attn.to_add_out" in {measurement.obtained for measurement in qwen.values()}
+
+
+@pytest.mark.parametrize(("build", "side", "tokens"), [(tiny_kontext, 16, 16), (tiny_qwen_edit, 128, 4)])
+def test_a_pipeline_that_edits_passes_with_images_made_here(build, side, tokens):
+    measurements = rows(build, kind="flow_sde", size={"height": side, "width": side})
+    assert not failed(measurements)
+    assert ("trace", f"transformer, latents {tokens}x16, 3 steps, input images of {side}x{side}") in measurements
+
+
+def test_the_finite_difference_stays_away_from_the_clamp_and_still_sees_a_wrong_gradient():
+    """A random DDPM clamps most of what it predicts; a gradient through half of the output is off by far."""
+    sampler = SamplerConfig(kind="ddim", num_steps=3)
+
+    def gradient(change):
+        subject = make_subject(tiny_ddpm(), sampler=sampler, precision="fp32", device="cpu", fresh=tiny_ddpm)
+        change(subject.policy)
+        (row,) = list(reached_rows(subject.policy, subject.path))[1:]
+        return row
+
+    def without_half_the_gradient(policy):
+        combine = policy.rule.combine
+
+        def halved(negative, positive, scale):
+            output = combine(negative, positive, scale)
+            return (output + output.detach()) / 2
+
+        policy.rule = replace(policy.rule, combine=halved)
+
+    honest = gradient(lambda policy: None)
+    assert honest.passed, honest
+    kept, every = map(int, re.findall(r"(\d+) of (\d+) dimensions", honest.name)[0])
+    assert every / 2 < kept < every
+    assert not gradient(without_half_the_gradient).passed
 
 
 def test_an_adapter_that_lands_in_other_weights_fails():

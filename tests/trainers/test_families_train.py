@@ -7,9 +7,10 @@ import pytest
 from ddpo import LoraConfig
 from ddpo.kl import FixedKL
 from ddpo.objectives import PolicyGradientConfig
-from tests.ddpo.test_families import FAMILIES, make
+from tests.ddpo.test_families import FAMILIES, PROMPTS, make, metadata
 from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.loop import train
+from trainers.prompts import Prompt
 from trainers.run import read_metrics
 
 
@@ -30,7 +31,9 @@ def test_an_epoch_of_training_starts_at_ratio_one_and_exports_an_adapter(family:
         run=RunConfig(output_dir=str(tmp_path)),
         epochs=2,
     )
-    run = train(make(family), reward=brightness, prompts=["a cat", "two dogs and a red house"], config=config)
+    policy = make(family)
+    prompts = [Prompt(text=text, metadata=extra) for text, extra in zip(PROMPTS, metadata(policy), strict=True)]
+    run = train(policy, reward=brightness, prompts=prompts, config=config)
     first, second = read_metrics(run)
     assert first["policy/gate_nats"] < 1e-3 and first["optimizer/grad_norm"] > 0
     assert second["kl/path_nats"] > 0

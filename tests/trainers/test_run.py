@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -49,7 +50,7 @@ def test_resumes_are_added_to_the_environment(run):
 def test_default_names_never_collide(tmp_path):
     names = [RunFolder.create(tmp_path, None, "", stem="shapes ppo/1").name for _ in range(3)]
     assert len(set(names)) == 3
-    assert all(name.startswith("shapes-ppo-1-") for name in names)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_shapes-ppo-1(-\d)?", name) for name in names)
 
 
 def test_a_taken_name_is_refused_with_both_ways_out(run):

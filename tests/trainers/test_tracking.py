@@ -165,11 +165,21 @@ def test_trackio_records_beside_the_run_survives_a_kill_and_is_continued(tmp_pat
     assert [images[f"samples/{i}"]["caption"] for i in range(3)] == [f"a red square · reward 0.{i}" for i in range(3)]
     assert any("scores" in metrics for *_, metrics in rows)
 
-    resumed = in_new_process('tracker = start("trackio", first_step=5); tracker.log({"a": 1}, 5); tracker.close()', run)
+    again = """
+        tracker = start("trackio", first_step=3)
+        for step in range(3, 6):
+            tracker.log({"reward/mean": step / 4, "new": step}, step)
+        tracker.images("samples", PICTURES, 4)
+        tracker.histogram("scores", [0.1, 0.2, 0.3], 4)
+        tracker.close()
+    """
+    resumed = in_new_process(again, run)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout == ""
     rows = trackio_rows(tmp_path / "runs" / ".trackio")
-    assert rows[-1][2:] == (5, {"a": 1})
+    assert [row[2] for row in rows if "reward/mean" in row[3]] == [1, 2, 3, 4, 5]
+    assert [row[2] for row in rows if "new" in row[3]] == [3, 4, 5]
+    assert [row[2] for row in rows if "scores" in row[3] or "samples/0" in row[3]] == [4, 4]
     assert {name for _, name, *_ in rows} == {"first"}
     assert len({identity for identity, *_ in rows}) == 1
 
@@ -227,9 +237,10 @@ def test_a_dashboard_without_trackio_data_says_what_there_is(tmp_path, monkeypat
 def test_wandb_without_credentials_logs_offline_says_so_and_continues_its_run(tmp_path):
     script = """
         tracker = start("wandb", first_step={first})
-        tracker.log({{"reward/mean": 0.5}}, {first})
-        tracker.images("samples", PICTURES, {first})
-        tracker.histogram("scores", [0.1, 0.2], {first})
+        for step in ({first}, {first} + 1):
+            tracker.log({{"reward/mean": 10 * {first} + step + 0.0625}}, step)
+        tracker.images("samples", PICTURES, {first} + 1)
+        tracker.histogram("scores", [0.1, 0.2], {first} + 1)
         tracker.close()
     """
     environment = {"NETRC": str(tmp_path / "no-netrc"), "WANDB_SILENT": "true"}
@@ -245,6 +256,8 @@ def test_wandb_without_credentials_logs_offline_says_so_and_continues_its_run(tm
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(identity) for folder in folders)
+    sent = b"".join((folder / f"run-{identity}.wandb").read_bytes() for folder in folders)
+    assert [f"{value}.0625".encode() in sent for value in (11, 12, 22, 23)] == [True, True, False, True]
     for folder in folders:
         assert len(list(folder.glob("files/media/images/**/*.png"))) == 3
         assert (folder / f"run-{identity}.wandb").stat().st_size > 500

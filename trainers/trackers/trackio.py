@@ -20,8 +20,8 @@ from trainers.trackers.base import Identity, Picture, Session, Tracker, optional
 class TrackioTracker(Tracker):
     """Logs to a local trackio project.
 
-    A resumed run continues under its name. Steps that a killed process had logged beyond its checkpoint are there
-    twice: trackio cannot take points back.
+    A resumed run continues under its name. trackio cannot take points back: those that a killed process had logged
+    beyond its checkpoint stay as they are, and are not logged again.
     """
 
     def __init__(self, session: Session) -> None:
@@ -35,10 +35,11 @@ class TrackioTracker(Tracker):
                 embed=False,
             )
         self._project = session.project
+        self._logged = self._known() if session.identity else set()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers; trackio writes them within half a second, from a thread of its own."""
-        self._run.log(dict(metrics), step=step)
+        self._send(metrics, step)
 
     def images(self, key: str, pictures: Sequence[Picture], step: int) -> None:
         """Pictures under `key/00`, `key/01`, ...: trackio drops a list under one key."""
@@ -48,11 +49,24 @@ class TrackioTracker(Tracker):
             name: self._trackio.Image(enlarge(p.image), caption=p.caption.replace("\n", " · "))
             for name, p in named.items()
         }
-        self._run.log(images, step=step)
+        self._send(images, step)
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """A histogram of 32 bins."""
-        self._run.log({key: self._trackio.Histogram(list(values), num_bins=32)}, step=step)
+        self._send({key: self._trackio.Histogram(list(values), num_bins=32)}, step)
+
+    def _send(self, values: Mapping[str, object], step: int) -> None:
+        """Logs those values that the record has not at this step."""
+        new = {key: value for key, value in values.items() if (key, step) not in self._logged}
+        if new:
+            self._run.log(new, step=step)
+
+    def _known(self) -> set[tuple[str, int]]:
+        """Keys and steps of the record that this run continues."""
+        from trackio.sqlite_storage import SQLiteStorage
+
+        rows = SQLiteStorage.get_logs(self._project, self._run.name, run_id=self._run.id)
+        return {(key, row["step"]) for row in rows for key in row}
 
     def identity(self) -> Identity:
         """Project, run and folder: enough to continue it and to show its page."""

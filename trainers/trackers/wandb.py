@@ -8,7 +8,7 @@ import netrc
 import os
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
@@ -18,7 +18,11 @@ from trainers.trackers.base import Identity, Picture, Session, Tracker, TrackerE
 
 
 class WandbTracker(Tracker):
-    """Logs to a wandb run whose horizontal axis is the epoch; a resumed run continues under its id."""
+    """Logs to a wandb run whose horizontal axis is the epoch; a resumed run continues under its id.
+
+    What a killed process had sent beyond its checkpoint stays as it is and is not sent again; offline, where wandb
+    does not know its own record, the run folder does.
+    """
 
     def __init__(self, session: Session) -> None:
         self._wandb = optional_import("wandb", tracker="wandb")
@@ -37,10 +41,11 @@ class WandbTracker(Tracker):
             raise TrackerError(f"wandb cannot start: {error}; log offline with WANDB_MODE=offline") from error
         self._run.define_metric("epoch")
         self._run.define_metric("*", step_metric="epoch")
+        self._sent = Sent(session.run / "wandb_sent.txt", fresh=session.identity is None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers."""
-        self._run.log({**metrics, "epoch": step})
+        self._send(metrics, step)
 
     def images(self, key: str, pictures: Sequence[Picture], step: int) -> None:
         """A list of captioned images under one key."""
@@ -48,11 +53,17 @@ class WandbTracker(Tracker):
             self._wandb.Image(enlarge(picture.image), caption=picture.caption.replace("\n", " · "))
             for picture in pictures
         ]
-        self._run.log({key: images, "epoch": step})
+        self._send({key: images}, step)
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """A histogram of 32 bins."""
-        self._run.log({key: self._wandb.Histogram(list(values), num_bins=32), "epoch": step})
+        self._send({key: self._wandb.Histogram(list(values), num_bins=32)}, step)
+
+    def _send(self, values: Mapping[str, object], step: int) -> None:
+        new = {key: value for key, value in values.items() if self._sent.is_new(key, step)}
+        if new:
+            self._run.log({**new, "epoch": step})
+            self._sent.note(new, step)
 
     def identity(self) -> Identity:
         """The run's id."""
@@ -61,6 +72,27 @@ class WandbTracker(Tracker):
     def close(self) -> None:
         """Uploads what is left, or closes the offline file."""
         self._run.finish()
+
+
+class Sent:
+    """Which keys earlier processes of a run sent at which step, in a file that outlives them."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        """Reads the file, or begins it anew."""
+        self._path = path
+        lines = [] if fresh or not path.is_file() else path.read_text().splitlines()
+        self._known = {tuple(line.split(" ", 1)) for line in lines}
+        if fresh:
+            path.write_text("")
+
+    def is_new(self, key: str, step: int) -> bool:
+        """Whether no earlier process sent the key at this step."""
+        return (str(step), key) not in self._known
+
+    def note(self, keys: Collection[str], step: int) -> None:
+        """Writes down what was sent, for a process that resumes this run."""
+        with self._path.open("a") as file:
+            file.writelines(f"{step} {key}\n" for key in keys)
 
 
 def has_credentials(wandb: ModuleType) -> bool:

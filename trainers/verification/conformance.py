@@ -17,11 +17,13 @@ from pathlib import Path
 import peft
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
 from ddpo.control.checks.base import Check, Measurement
 from ddpo.denoiser import DTYPES, Precision
+from ddpo.input_images import IMAGE, probe_images
 from ddpo.loading import load_pipeline
 from ddpo.policy import default_device
 from ddpo.samplers import SamplerKind, default_sampler
@@ -124,10 +126,17 @@ class Subject:
     fresh: Callable[[], DiffusionPipeline]
 
     @cached_property
+    def images(self) -> list[Image] | None:
+        """Input images of a pipeline that edits, made here; None for others."""
+        size = self.policy.call.image_size
+        return None if size is None else probe_images(len(PROMPTS), size)
+
+    @cached_property
     def path(self) -> Trajectory:
         """Sampled chains with their KL."""
         seeds = sample_seeds(0, 0, range(len(PROMPTS)))
-        return rollout(self.policy, self.policy.encode(PROMPTS), seeds, with_kl=True)
+        metadata = None if self.images is None else [{IMAGE: image} for image in self.images]
+        return rollout(self.policy, self.policy.encode(PROMPTS, metadata), seeds, with_kl=True)
 
     @cached_property
     def stock(self) -> StockRun:
@@ -137,7 +146,7 @@ class Subject:
     def run(self, pipeline: DiffusionPipeline) -> StockRun:
         """Runs a pipeline of the policy's kind on the prompts."""
         generator = torch.Generator().manual_seed(0)
-        arguments = self.policy.call.arguments(PROMPTS, output_type="pt", generator=generator)
+        arguments = self.policy.call.arguments(PROMPTS, images=self.images, output_type="pt", generator=generator)
         network = getattr(pipeline, self.policy.name)
         with torch.no_grad(), self.policy.denoiser.autocast(), recording(pipeline, network) as steps:
             images = pipeline(**arguments, return_dict=False)[0].float()
@@ -205,7 +214,10 @@ def trace_rows(subject: Subject) -> Iterator[Measurement]:
     """The rule that was found when the policy was made; without one there is no policy."""
     policy = subject.policy
     steps, size = policy.schedule.num_steps, "x".join(map(str, policy.latent_shape))
-    yield Measurement(name=f"{policy.name}, latents {size}, {steps} steps", exact="a guidance rule",
+    images = (
+        f", input images of {policy.call.image_size[0]}x{policy.call.image_size[1]}" if policy.call.image_size else ""
+    )
+    yield Measurement(name=f"{policy.name}, latents {size}, {steps} steps{images}", exact="a guidance rule",
                       obtained=policy.rule.name, error=0.0, tolerance=0.0)  # fmt: skip
 
 
