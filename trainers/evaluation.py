@@ -149,19 +149,22 @@ class Evaluator:
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         own = self._processes.share(len(self.prompts))
-        starts = range(own.start, own.stop, self._batch_size)
+        most = math.ceil(len(self.prompts) / self._processes.count)
         label = "evaluating (ODE)" if ode else "evaluating"
         parts: list[dict[str, Tensor]] = []
-        failure = None
-        try:
-            for start in self._progress.track(starts, label):
-                indices = range(start, min(start + self._batch_size, own.stop))
+        for offset in self._progress.track(range(0, most, self._batch_size), label):
+            self._processes.safe_point("evaluation")
+            start = own.start + offset
+            indices = range(start, min(start + self._batch_size, own.stop))
+            failure = None
+            try:
                 parts.append(self._batch(policy, reward, heldout, indices, ode=ode))
-        except RewardError as error:
-            failure = error
-        fail_together(self._processes, failure)
+            except RewardError as error:
+                failure = error
+            fail_together(self._processes, failure)
+        parts = [part for part in parts if part]  # a process may have no image
         own_values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
+        everyones = [part for part in self._processes.gather_tensors(own_values) if part]
         values = {name: torch.cat([part[name] for part in everyones]) for name in everyones[0]}
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
@@ -171,11 +174,13 @@ class Evaluator:
     def _batch(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
     ) -> dict[str, Tensor]:
-        batch = [self.prompts[i] for i in indices]
+        batch = [self.prompts[i] for i in indices or range(1)]  # a split network computes with all processes or none
         condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
-        seeds = sample_seeds(self._config.seed, 0, indices)
+        seeds = sample_seeds(self._config.seed, 0, indices or range(1))
         with policy.noise_free() if ode else nullcontext():
             trajectory = rollout(policy, condition, seeds, with_kl=not ode)
+            if not indices:
+                return {}
             images = policy.decode(trajectory.final)
         scores = reward(images, condition.prompts, condition.metadata)
         values = {"reward": scores.total, **scores.components}

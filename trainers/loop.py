@@ -7,7 +7,8 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from rewards import RewardError, RewardTerm, WeightedSum, as_reward
 from trainers.checkpoint import (
     checkpoint_epoch,
     checkpoint_path,
+    latest_checkpoint,
     prune,
 )
 from trainers.collection import Collected, collect
 from trainers.config import Config
 from trainers.config_io import load_resumed, to_yaml
 from trainers.evaluation import Evaluation
+from trainers.interruption import Interrupted, RunStopped
 from trainers.metrics import Stopwatch
 from trainers.pictures import caption, grid, save_curves, to_pil
 from trainers.processes import Processes
@@ -32,9 +35,11 @@ from trainers.report import epoch_line, epoch_row, scalars, spread, write_compar
 from trainers.run import RunFolder, read_metrics
 from trainers.scoring import Scorer
 from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
+from trainers.state import TrainState
 from trainers.tracking import Picture
 from trainers.update import UpdateReport, update
 
+IN_EPOCH = ("sampling", "rewards", "training")
 CURVES = ("reward/mean", "kl/path_nats", "policy/clip_fraction", "optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
 
 
@@ -60,6 +65,9 @@ def train(
 
     Returns:
         The run folder.
+
+    Raises:
+        RunStopped: On SIGTERM, SIGUSR1 or Ctrl-C, once the last whole epoch is in a checkpoint.
     """
     config = replace(config or Config(), sampler=policy.sampler)
     texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
@@ -107,14 +115,18 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
     Returns:
         The run folder.
 
+    A run that was killed before its first checkpoint starts again in its folder.
+
     Raises:
-        CheckpointError: There is no checkpoint, or it is damaged; the message names one to use instead.
+        CheckpointError: There is no such checkpoint, or it is damaged; the message names one to use instead.
+        RunStopped: On a signal, once the last whole epoch is in a checkpoint.
     """
     folder = RunFolder.open(run)
     config = load_resumed(folder.path / "config.yaml", overrides)
-    source = checkpoint_to_resume(folder, checkpoint)
+    nothing = checkpoint is None and latest_checkpoint(folder.path) is None
+    source = None if nothing else checkpoint_to_resume(folder, checkpoint)
     processes = Processes(device=config.model.device)
-    session = load_session(config, processes, folder, first_step=checkpoint_epoch(source) + 1)
+    session = load_session(config, processes, folder, first_step=0 if source is None else checkpoint_epoch(source) + 1)
     restore(session, source)
     return _train(session)
 
@@ -123,43 +135,77 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
 
 
 def _train(session: Session) -> Path:
-    """Runs epochs until the configured number or time is reached; returns the run folder."""
-    state, config = session.state, session.state.config
+    """Runs epochs until the configured number or time is reached; returns the run folder.
+
+    Raises:
+        RunStopped: On a signal, once the last whole epoch is in a checkpoint.
+    """
+    state = session.state
+    with session.processes.signals.caught():
+        with Scorer(state.reward) as scorer:
+            try:
+                _epochs(session, scorer)
+            except (RewardError, Interrupted) as stop:
+                if state.saved_epoch != state.epoch:
+                    _checkpoint(session)
+                if isinstance(stop, RewardError):
+                    raise
+                raise RunStopped(_farewell(session, stop)) from None
+        _finish(session)
+    return session.run.path
+
+
+def _epochs(session: Session, scorer: Scorer) -> None:
+    state, config, processes = session.state, session.state.config, session.processes
     objective = policy_gradient(config.objective)
-    evaluations = session.run.path / "evaluations"
-    if state.epoch == 0:
-        _evaluate(session, evaluations)
+    if _lacks_evaluation(session):
+        _evaluate(session)
     out_of_time = False
-    with Scorer(state.reward) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
+    with session.progress.epochs(state.epoch, config.epochs) as bar:
         for _ in bar:
             if out_of_time:
                 break
+            processes.safe_point("the pause between epochs")
             clock = Stopwatch(state.policy.device)
-            started, position = time.perf_counter(), state.prompts.position
-            try:
-                collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
-            except RewardError:
-                state.prompts.position = position
-                _checkpoint(session)
-                raise
-            with clock("train"):
-                report = update(
-                    state, objective, collected.experience, session.plan, session.processes, session.progress
-                )
+            started = time.perf_counter()
+            with _all_or_nothing(state):
+                collected = collect(state, session.plan, processes, scorer, session.progress, clock)
+                with clock("train"):
+                    report = update(state, objective, collected.experience, session.plan, processes, session.progress)
             state.epoch += 1
             state.samples += session.plan.images_per_epoch
             state.seconds += time.perf_counter() - started
             _log(session, collected, report, clock)
             state.alpha = next_alpha(config.kl, state.alpha, collected.path_kl)
             minutes = state.seconds / 60
-            out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
+            out_of_time = config.max_minutes is not None and _agreed(processes, minutes >= config.max_minutes)
             last = out_of_time or state.epoch == config.epochs
             if last or _due(state.epoch, config.evaluation.every_epochs):
-                _evaluate(session, evaluations)
+                _evaluate(session)
             if last or _due(state.epoch, config.checkpoints.every_epochs):
                 _checkpoint(session)
-    _finish(session, evaluations)
-    return session.run.path
+
+
+@contextmanager
+def _all_or_nothing(state: TrainState) -> Iterator[None]:
+    """Undoes what a failing reward or a signal leaves of an epoch, unless its start is in a checkpoint already."""
+    snapshot = None if state.saved_epoch == state.epoch else state.snapshot()
+    try:
+        yield
+    except (RewardError, Interrupted):
+        if snapshot is not None:
+            state.restore(snapshot)
+        raise
+
+
+def _farewell(session: Session, stop: Interrupted) -> str:
+    """What a signal has cost, and how to go on."""
+    done = session.state.epoch
+    partial = f"epoch {done + 1} is dropped and will be repeated" if stop.phase in IN_EPOCH else "no epoch is lost"
+    return (
+        f"stopped by {stop.signal} during {stop.phase}: {partial}; {done} whole epochs are in "
+        f"{checkpoint_path(session.run.path, done)}\ncontinue with: ddpo train --resume {session.run.path}"
+    )
 
 
 def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch) -> None:
@@ -180,14 +226,22 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
         session.tracker.images("samples", pictures, step=state.epoch)
 
 
-def _evaluate(session: Session, folder: Path) -> None:
+def _lacks_evaluation(session: Session) -> bool:
+    """Whether the finished epochs end with an evaluation that there is not: at the start, or stopped by a signal."""
+    state, config = session.state, session.state.config
+    wanted = state.epoch in (0, config.epochs) or _due(state.epoch, config.evaluation.every_epochs)
+    exists = (session.run.evaluations / f"epoch_{state.epoch:06d}.safetensors").is_file()
+    return wanted and not _agreed(session.processes, exists)
+
+
+def _evaluate(session: Session) -> None:
     """Evaluates the (averaged) weights, logs and saves the result."""
     state = session.state
     with state.ema.applied():
         result = session.evaluator(state.policy, state.reward, session.heldout)
     if session.processes.is_main:
         summary = result.summary()
-        result.save(folder, f"epoch_{state.epoch:06d}")
+        result.save(session.run.evaluations, f"epoch_{state.epoch:06d}")
         session.tracker.log({f"eval/{name}": measure.mean for name, measure in summary.items()}, step=state.epoch)
         text = "  ".join(f"{name} {measure}" for name, measure in summary.items() if not name.startswith("ode/"))
         session.progress.line(f"evaluation at epoch {state.epoch}: {text}")
@@ -200,12 +254,12 @@ def _checkpoint(session: Session) -> None:
         prune(session.run.path, state.config.checkpoints.keep_last)
 
 
-def _finish(session: Session, evaluations: Path) -> None:
+def _finish(session: Session) -> None:
     """Exports the weights and ends the run with the comparison of its first and its last evaluation."""
+    state, run, evaluations = session.state, session.run, session.run.evaluations
+    state.export(run.lora, session.processes)
     if not session.processes.is_main:
         return
-    state, run = session.state, session.run
-    state.export(run.lora)
     texts = session.evaluator.texts
     before = Evaluation.load(evaluations, "epoch_000000", texts).rescored(state.reward)
     after = Evaluation.load(evaluations, f"epoch_{state.epoch:06d}", texts).rescored(state.reward)

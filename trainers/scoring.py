@@ -5,7 +5,7 @@ names it; nothing is guessed in its place.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
@@ -32,6 +32,11 @@ class Scorer:
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Queues one batch: images (B, 3, H, W) in [0, 1]."""
         self._pending.append(self._pool.submit(self._reward, images, prompts, metadata))
+
+    def wait(self, *, seconds: float) -> bool:
+        """Waits, not longer than so many seconds, and returns whether `collect` would return or raise at once."""
+        state = wait(self._pending, timeout=seconds, return_when=FIRST_EXCEPTION)
+        return not state.not_done or any(future.exception() is not None for future in state.done)
 
     def collect(self) -> Scores:
         """The scores of all queued batches, concatenated in order.

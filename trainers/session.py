@@ -16,6 +16,7 @@ from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.run import RunFolder
+from trainers.sharding import distribute
 from trainers.state import TrainState
 from trainers.tracking import Tracker, open_trackers
 
@@ -100,10 +101,10 @@ def make_session(
             f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
             "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
         )
-    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
+    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic, rank=processes.rank)
+    distribute(policy, config.distributed, processes)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
-    policy.denoiser.network = processes.prepare(policy.denoiser.network)
     progress = Progress(enabled=processes.is_main)
     return Session(
         run=run,
@@ -140,13 +141,15 @@ def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
     return source
 
 
-def restore(session: Session, source: Path) -> None:
-    """Puts a session where a checkpoint left it, and the run folder's records with it."""
+def restore(session: Session, source: Path | None) -> None:
+    """Puts a session where a checkpoint left it, or at its start, and the run folder's records with it."""
     run, processes = session.run, session.processes
-    session.state.load(*load_checkpoint(source), processes)
+    if source is not None:
+        session.state.load(*load_checkpoint(source), processes)
     if processes.is_main:
-        run.note_resume(source.name)
+        run.note_resume("none" if source is None else source.name)
         run.truncate_metrics(session.state.epoch)
         discard_after(run.path, session.state.epoch)
-    session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
+    where = "the start: there is no checkpoint yet" if source is None else f"{source} after epoch {session.state.epoch}"
+    session.progress.line(f"resumed from {where}")
     processes.wait()
