@@ -230,21 +230,17 @@ def _check_samples(config: Config, num_processes: int) -> None:
     """Whole groups, something for every process, and for a split network something in every batch."""
     batch = config.batch
     samples, group = batch.samples_per_epoch, batch.group_size
-    if samples % group != 0:
-        below, above = samples // group * group, (samples // group + 1) * group
-        nearest = f"{below} or {above}" if below else f"{above}"
+    if samples % group != 0 or samples < num_processes:
+        least = math.ceil(num_processes / group) * group
+        nearest = sorted({max(least, samples // group * group), max(least, (samples // group + 1) * group)})
+        each = f" and at least one for each of {num_processes} processes" if num_processes > 1 else ""
         raise PlanError(
-            f"batch.samples_per_epoch must be a multiple of {group} (batch.group_size: every prompt gets as many "
-            f"images), got {samples}; nearest possible: {nearest}"
-        )
-    if samples < num_processes:
-        enough = math.ceil(num_processes / group) * group
-        raise PlanError(
-            f"batch.samples_per_epoch must be at least {enough} for {num_processes} processes, got {samples}: each "
-            f"samples at least one image; nearest possible: {enough}"
+            f"batch.samples_per_epoch must be a multiple of {group} (batch.group_size){each}, got {samples}; "
+            f"nearest possible: {' or '.join(map(str, nearest))}"
         )
     ones = [name for name in ("sample_batch_size", "train_batch_size") if getattr(batch, name) == 1]
-    if config.distributed.strategy != "ddp" and samples % num_processes and ones:
+    sharded = config.distributed.strategy != "ddp"
+    if sharded and samples % num_processes and ones:
         raise PlanError(
             f"batch.{ones[0]} must be at least 2 with distributed.strategy {config.distributed.strategy} and "
             f"{samples} samples on {num_processes} processes, got 1: a split network computes with all processes at "

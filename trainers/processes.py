@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
 from trainers.interruption import Interrupted, Signals
@@ -34,6 +34,12 @@ class Processes:
             device: `cpu` to stay off the accelerator; None takes this process's own.
         """
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"accelerate was configured for {self._accelerator.distributed_type.value}, which would have no effect "
+                "here: launch with configs/accelerate/multi_gpu_8.yaml (MULTI_GPU) and split the network with "
+                "--distributed.strategy fsdp or zero2"
+            )
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
         self.device = self._accelerator.device if device is None or self.count > 1 else torch.device(device)

@@ -46,7 +46,7 @@ if $warned; then # the trap ended the first wait
     status=0
     wait "$step" || status=$?
 fi
-if $warned && ((status == 75)); then
+if $warned && ((status == 75 || status == 138)); then # stopped cleanly, or still loading when SIGUSR1 came
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
