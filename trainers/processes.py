@@ -45,7 +45,11 @@ class Processes:
         self.device = self._accelerator.device if device is None or self.count > 1 else torch.device(device)
         self.signals = Signals()
         # Small numbers are agreed upon by the CPUs, which then need not wait for what their GPUs still compute.
-        self._control = dist.new_group(backend="gloo") if self.count > 1 else None
+        self._control: dist.ProcessGroup | None = None
+        if self.count > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup), "this process is a member of a group of all"
+            self._control = group
 
     @property
     def is_main(self) -> bool:

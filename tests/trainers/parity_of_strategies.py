@@ -1,7 +1,7 @@
 """One process against two, in every way to share the network: `python -m tests.trainers.parity_of_strategies`.
 
-Two epochs of a tiny run, with guidance, a KL weight, averages and clipped gradients, on a number of images that does not
-divide; the weights, the averages and what was logged are compared with those of one process.
+Two epochs of a tiny run, with guidance, a KL weight, averages and clipped gradients, on a number of images that does
+not divide; the weights, the averages and what was logged are compared with those of one process.
 """
 
 import math

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from tests.trainers.loop_helpers import ROOT, environment, reproducible, weights
-from tests.trainers.parity_of_strategies import compare, initial, prepare, run
-from tests.trainers.world import _free_port, command, in_processes
+from tests.trainers.parity_of_strategies import SETTINGS, compare, initial, prepare, run
+from tests.trainers.world import command, free_port, in_processes
 
 SCRIPTS = ROOT / "scripts"
 
@@ -49,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_torchrun_agents_meet_and_train_as_one_process(config: Path) -> None:
     options = ["--epochs", "2", "--evaluation.num_prompts", "1", "--evaluation.every_epochs", "0"]
-    script, port = str(SCRIPTS / "torchrun_node.sh"), _free_port()
+    script, port = str(SCRIPTS / "torchrun_node.sh"), free_port()
     settings = {**environment(), "NODES": "2", "PER_NODE": "1", "PYTHON": sys.executable}
     line = ["bash", script, f"127.0.0.1:{port}", "train", str(config), "--run.name", "nodes", *options]
     agents = [
@@ -74,12 +74,11 @@ def test_a_slurm_job_warned_of_its_end_is_requeued_and_goes_on_bit_exactly(confi
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     settings = {
-        **environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "CALLS": str(tmp_path / "calls"),
+        **environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+        "CALLS": str(tmp_path / "calls"),
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "here",
         "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "RUNS": str(tmp_path / "runs"),
     }  # fmt: skip
-    from tests.trainers.parity_of_strategies import SETTINGS
-
     line = ["bash", str(SCRIPTS / "slurm" / "single_node.sbatch"), str(config), *SETTINGS]
     job = tmp_path / "runs" / "job-42"
     first = subprocess.Popen(line, env=settings, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

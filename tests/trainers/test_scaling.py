@@ -13,7 +13,7 @@ from tests.trainers.parity_of_strategies import adapter_options, compare, initia
 from tests.trainers.sharded_families import compare_sharded, train_qwen
 from tests.trainers.world import command, in_processes
 
-ROUNDING = {"grad_norm": 1e-4, "logged": 1e-3, "weights": 1e-2, "ema": 1e-2}
+ROUNDING = {"grad_norm": 1e-3, "logged": 1e-3, "weights": 1e-2, "ema": 1e-2}
 
 
 @pytest.fixture(scope="module")

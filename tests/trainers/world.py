@@ -25,7 +25,7 @@ def in_processes(
         log: File for what they print, `<log>.<rank>`; None prints it here.
     """
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    port = _free_port()
+    port = free_port()
     children = [
         _CONTEXT.Process(target=_enter, args=(function, arguments, rank, count, port, log)) for rank in range(count)
     ]
@@ -64,7 +64,8 @@ def _enter(
     function(*arguments)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
