@@ -184,9 +184,8 @@ def _save_whole(
     _, class_name = pipeline.config[name]  # splitting a network over processes derives a class from its own
     settings = {**json.loads(denoiser.to_json_string()), "_class_name": class_name}
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    buffers = {
-        key: value for key, value in denoiser.state_dict().items() if key not in dict(denoiser.named_parameters())
-    }
+    parameters = {key for key, _ in denoiser.named_parameters()}
+    buffers = {key: value for key, value in denoiser.state_dict().items() if key not in parameters}
     state = {key: value.detach().cpu().contiguous() for key, value in {**buffers, **weights}.items()}
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 

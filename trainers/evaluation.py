@@ -174,9 +174,10 @@ class Evaluator:
     def _batch(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, indices: range, *, ode: bool
     ) -> dict[str, Tensor]:
-        batch = [self.prompts[i] for i in indices or range(1)]  # a split network computes with all processes or none
+        computed = indices or range(1)  # a split network computes with all processes or none
+        batch = [self.prompts[i] for i in computed]
         condition = policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
-        seeds = sample_seeds(self._config.seed, 0, indices or range(1))
+        seeds = sample_seeds(self._config.seed, 0, computed)
         with policy.noise_free() if ode else nullcontext():
             trajectory = rollout(policy, condition, seeds, with_kl=not ode)
             if not indices:
