@@ -6,7 +6,8 @@ base.
 """
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,23 +134,29 @@ def frozen_copy(denoiser: nn.Module) -> nn.Module:
     return copy.deepcopy(denoiser).requires_grad_(False).eval()
 
 
-def lora_state(denoiser: nn.Module) -> dict[str, Tensor]:
+def lora_state(denoiser: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's weights in peft's naming with the scale alpha / rank baked into B.
 
     Most tools read a LoRA without its metadata as alpha = rank; with the scale in the weights that is right.
+
+    Args:
+        denoiser: The network with its adapter.
+        weights: The adapter's weights by the parameters' names.
     """
     import peft
 
     settings: peft.LoraConfig = vars(denoiser)["peft_config"][ADAPTER]
     scale = settings.lora_alpha / settings.r
-    state = peft.get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    state = peft.get_peft_model_state_dict(denoiser, state_dict=dict(weights), adapter_name=ADAPTER)
     return {
         name: (value * scale if ".lora_B." in name else value).detach().cpu().contiguous()
         for name, value in state.items()
     }
 
 
-def save_weights(pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path) -> None:
+def save_weights(
+    pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path, weights: Mapping[str, Tensor]
+) -> None:
     """Writes what was trained in diffusers' own format.
 
     A LoRA goes to `folder` itself, for `pipeline.load_lora_weights(folder)`, or, for a pipeline without that function
@@ -159,26 +166,43 @@ def save_weights(pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin
     Args:
         pipeline: The pipeline that the denoiser belongs to.
         name: Its component name, `unet` or `transformer`.
-        denoiser: The trained network.
+        denoiser: The trained network; its own weights may be split over processes, and are not read.
         folder: Where to write; made if missing.
+        weights: The trained weights by the parameters' names, whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(denoiser, "peft_config"):
-        layers = {f"{name}_lora_layers": lora_state(denoiser)}
+        layers = {f"{name}_lora_layers": lora_state(denoiser, weights)}
         if hasattr(pipeline, "save_lora_weights"):
             pipeline.save_lora_weights(str(folder), **layers, safe_serialization=True)
         else:
-            _save_as_peft(denoiser, folder)
+            _save_as_peft(denoiser, folder, weights)
     else:
-        denoiser.save_pretrained(folder / name, safe_serialization=True)
+        _save_whole(pipeline, name, denoiser, folder / name, weights)
 
 
-def _save_as_peft(denoiser: "ModelMixin", folder: Path) -> None:
+def _save_whole(
+    pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path, weights: Mapping[str, Tensor]
+) -> None:
+    """Configuration and weights as `save_pretrained` writes them, in one file, under the class that was loaded."""
+    from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _, class_name = pipeline.config[name]  # splitting a network over processes derives a class from its own
+    settings = {**json.loads(denoiser.to_json_string()), "_class_name": class_name}
+    (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    parameters = {key for key, _ in denoiser.named_parameters()}
+    buffers = {key: value for key, value in denoiser.state_dict().items() if key not in parameters}
+    state = {key: value.detach().cpu().contiguous() for key, value in {**buffers, **weights}.items()}
+    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _save_as_peft(denoiser: "ModelMixin", folder: Path, weights: Mapping[str, Tensor]) -> None:
     settings = copy.copy(vars(denoiser)["peft_config"][ADAPTER])
     settings.lora_alpha = settings.r  # the scale is in the weights
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
-    state = {f"base_model.model.{name}": value for name, value in lora_state(denoiser).items()}
+    state = {f"base_model.model.{name}": value for name, value in lora_state(denoiser, weights).items()}
     save_file(state, folder / "adapter_model.safetensors")
 
 

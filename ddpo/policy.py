@@ -9,7 +9,7 @@ schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,10 +258,9 @@ class Policy:
         """Recomputes activations in the backward pass: less memory, about 1.3 times the time."""
         self.denoiser.module.enable_gradient_checkpointing()
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Leaves gradients of a distributed network unreduced, for all but the last micro-batch of an update."""
-        network = self.denoiser.network
-        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
+    def networks(self) -> list[nn.Module]:
+        """The trained network and, where the pretrained weights are a second copy, that one."""
+        return [self.denoiser.module] if self._reference is None else [self.denoiser.module, self._reference]
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------
 
@@ -320,9 +319,14 @@ class Policy:
         frames = self._decoder.frames(latents)
         return frames if frames.ndim == 5 else frames[:, None]
 
-    def save(self, folder: Path) -> None:
-        """Writes the trained weights in diffusers' format: see `ddpo.lora.save_weights`."""
-        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder)
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes weights in diffusers' format: see `ddpo.lora.save_weights`.
+
+        Args:
+            folder: Where to write; made if missing.
+            weights: Values for all of `trainable()`; None takes the present ones.
+        """
+        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, weights or self.trainable())
 
     # ---- tracing ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ the same calls itself, so that no model family needs code of its own.
 """
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def recording(
             raise _StopTracing
         return step_output(sample, options) if hollow else stock_step(model_output, timestep, sample, **options)
 
-    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step):
+    with replaced(denoiser, "forward", forward), replaced(scheduler, "step", step), _unhooked(denoiser, hollow):
         yield steps
 
 
@@ -214,6 +215,20 @@ def hollowed(denoiser: ModelMixin) -> Iterator[None]:
         return _hollow_output(denoiser, _bind(signature, positional, keywords), names)
 
     with replaced(denoiser, "forward", forward):
+        yield
+
+
+@contextmanager
+def _unhooked(denoiser: ModelMixin, hollow: bool) -> Iterator[None]:
+    """Hooks around a hollow forward, which gather or move weights, do not run: no weight is used.
+
+    Those that gather split weights need all processes, which need not encode the same prompts at the same time.
+    """
+    if not hollow:
+        yield
+        return
+    before: OrderedDict[int, object] = OrderedDict()
+    with replaced(denoiser, "_forward_pre_hooks", before), replaced(denoiser, "_forward_hooks", before):
         yield
 
 

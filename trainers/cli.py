@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trainers.interruption import EXIT_CODE, RunStopped
 from trainers.launch import is_main_process, num_processes, prepare_threads, rank
 from trainers.preferences import add_commands
 
@@ -34,9 +35,12 @@ Several processes are started by the launcher, one per device:
   torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT -m trainers train CONFIG
   (`accelerate launch --cpu --num_processes 2` starts one process only.)
 
-Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.*, tracking.* and
+Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.*, tracking.*, distributed.* and
 reward_processes.* may change:
   ddpo train --resume runs/NAME [--epochs 200]
+
+SIGTERM, SIGUSR1 and Ctrl-C stop a run cleanly between two batches: the epoch begun is dropped, the whole ones are
+saved, and the exit status is 75. A second signal ends it at once.
 """
 
 
@@ -44,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        Exit status: 0, 1 when `verify` or `check` finds a failure, 2 for a user error, 130 when interrupted.
+        Exit status: 0, 1 when `verify` or `check` finds a failure, 2 for a user error, 75 when training stopped on a
+        signal and can be resumed, 130 when anything else was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
@@ -52,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_threads()
     try:
         return _run(arguments)
+    except RunStopped as stop:
+        if is_main_process():
+            print(stop, file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

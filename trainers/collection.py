@@ -17,6 +17,7 @@ from trainers.plan import KL_SAMPLES, BatchPlan
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.scoring import Scorer, fail_together
+from trainers.sharding import gathered
 from trainers.state import TrainState
 
 
@@ -64,6 +65,7 @@ def collect(
 
     Raises:
         RewardError: A reward failed; the message names it, the prompt and the sample.
+        Interrupted: A signal has reached some process.
     """
     config = state.config
     state.policy.begin_epoch(state.epoch, seed=config.seed)
@@ -76,11 +78,15 @@ def collect(
     pictures: list[Tensor] = []
     start = own.start
     for size in progress.track(plan.sample_batches, "sampling"):
+        processes.safe_point("sampling")
+        if size == 0:
+            continue
         batch = drawn[start : start + size]
         with clock("sample"):
             condition = state.policy.encode([prompt.text for prompt in batch], [prompt.metadata for prompt in batch])
             seeds = sample_seeds(config.seed, state.epoch, range(start, start + size))
-            parts.append(rollout(state.policy, condition, seeds, with_kl=measured, guided=guided))
+            with gathered(state.policy, config.distributed):
+                parts.append(rollout(state.policy, condition, seeds, with_kl=measured, guided=guided))
         with clock("decode"):
             images = state.policy.decode(parts[-1].final)
         scorer.submit(images, condition.prompts, condition.metadata)
@@ -154,6 +160,8 @@ def _submit_prediction(state: TrainState, scorer: Scorer, part: Trajectory, k: i
 
 def _collect_scores(scorer: Scorer, processes: Processes, queue: int = -1) -> Scores:
     """This process's scores; a reward that fails on any process ends the run on all, with the same message."""
+    while processes.largest(not scorer.wait(seconds=0.2, queue=queue)):
+        processes.safe_point("rewards")
     scores, failure = None, None
     try:
         scores = scorer.collect(queue)

@@ -69,7 +69,7 @@ class BatchConfig:
     """How much is sampled per epoch (over all processes), and what fits on one device.
 
     Attributes:
-        samples_per_epoch: Images per epoch over all processes; a multiple of group_size x processes.
+        samples_per_epoch: Images per epoch over all processes; a multiple of group_size, and at least one a process.
         group_size: Images per prompt in an epoch.
         sample_batch_size: Per device: images per denoiser call while sampling (two rows each with guidance).
         train_batch_size: Per device: transitions (sample, step) per forward and backward pass. Bounds memory; the size
@@ -86,6 +86,21 @@ class BatchConfig:
     def __post_init__(self) -> None:
         for name in ("samples_per_epoch", "group_size", "sample_batch_size", "train_batch_size"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How several processes share the network; a single process ignores it.
+
+    Attributes:
+        strategy: `ddp` keeps the whole network on every device. `fsdp` splits weights, gradients and optimizer state
+            over the devices and gathers the weights of a block while it computes: the least memory, the most traffic.
+            `zero2` splits gradients and optimizer state only (for all-weights training; LoRA has little of either).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    strategy: Literal["ddp", "fsdp", "zero2"] = "ddp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +303,7 @@ class Config:
         kl: Weight of the KL to the pretrained pipeline.
         advantages: From scores to advantages.
         batch: Numbers of samples and what fits on a device.
+        distributed: How several processes share the network.
         optimizer: AdamW and its learning rate.
         rewards: What is maximised: the weighted sum of these.
         constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
@@ -321,6 +337,7 @@ class Config:
     ] = field(default_factory=FixedKL)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: tuple[RewardTerm, ...] = ()
     constraints: tuple[Constraint, ...] = ()
@@ -354,6 +371,9 @@ class Config:
         self._check_groups()
         self._check_evaluation()
         self._check_units()
+        fp16 = self.model.precision == "fp16" and self.distributed.strategy != "ddp"
+        cure = "bf16 or fp32 with distributed.strategy: fsdp or zero2 (fp16's loss scale sees one process's part only)"
+        check(not fp16, "model.precision", self.model.precision, cure)
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""

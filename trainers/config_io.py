@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigError", "find_config", "load_config", "load_resumed", "resume_overrides", "to_yaml"]
 
-MAY_CHANGE_ON_RESUME = ("epochs", "max_minutes", "checkpoints.", "tracking.", "reward_processes.")
+MAY_CHANGE_ON_RESUME = ("epochs", "max_minutes", "checkpoints.", "tracking.", "distributed.", "reward_processes.")
 _SET_BY_FOLDER = "run."
 
 

@@ -19,7 +19,8 @@ from ddpo.input_images import IMAGE
 from rewards import RewardError, WeightedSum
 from trainers.config import Config, EvaluationConfig
 from trainers.grouping import GroupBuffer, ImageBatch
-from trainers.processes import Processes, share_of
+from trainers.plan import share
+from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, load_prompts
 from trainers.scoring import fail_together
@@ -139,8 +140,8 @@ class Evaluator:
     def batches(self, rank: int, count: int) -> list[range]:
         """The images of each denoiser batch of one of `count` processes, which shares whole prompts with the others."""
         group = self._config.images_per_prompt
-        share = share_of(len(self.prompts) // group, rank=rank, count=count)
-        own = range(share.start * group, share.stop * group)
+        prompts = share(len(self.prompts) // group, rank=rank, count=count)
+        own = range(prompts.start * group, prompts.stop * group)
         return [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
 
     def seeds(self, indices: Sequence[int]) -> Tensor:
@@ -187,22 +188,26 @@ class Evaluator:
     def _measure(
         self, policy: Policy, reward: WeightedSum, heldout: WeightedSum | None, *, ode: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        own = self.batches(self._processes.rank, self._processes.count)
+        ranks = [self.batches(rank, self._processes.count) for rank in range(self._processes.count)]
+        own, most = ranks[self._processes.rank], max(map(len, ranks))
         groupwise = reward.groupwise or (heldout is not None and heldout.groupwise)
         buffer = GroupBuffer(self._config.images_per_prompt if groupwise else 1)
         label = "evaluating (ODE)" if ode else "evaluating"
         sampled: list[dict[str, Tensor]] = []
         scored: list[dict[str, Tensor]] = []
-        failure = None
-        try:
-            for indices in self._progress.track(own, label):
-                images, condition, kl = self._sample(policy, indices, ode=ode)
+        for indices in self._progress.track([*own, *[range(0)] * (most - len(own))], label):
+            self._processes.safe_point("evaluation")
+            # A split network computes with all processes or none: who has no image left makes one that is not used.
+            images, condition, kl = self._sample(policy, indices or range(1), ode=ode)
+            failure = None
+            if indices:
                 sampled.append({**kl, _IMAGES: (images * 255).round().to(torch.uint8).cpu()})
-                for batch in buffer.add(images, condition.prompts, condition.metadata):
-                    scored.append(_scored(batch, reward, heldout))
-        except RewardError as error:
-            failure = error
-        fail_together(self._processes, failure)
+                try:
+                    for batch in buffer.add(images, condition.prompts, condition.metadata):
+                        scored.append(_scored(batch, reward, heldout))
+                except RewardError as error:
+                    failure = error
+            fail_together(self._processes, failure)
         own_values = _joined(scored) | _joined(sampled)
         everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
         values = _joined(everyones)

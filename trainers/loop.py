@@ -8,7 +8,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,24 +20,29 @@ from rewards import RewardError, RewardTerm, WeightedSum, as_reward
 from trainers.checkpoint import (
     checkpoint_epoch,
     checkpoint_path,
+    latest_checkpoint,
     prune,
 )
 from trainers.collection import Collected, collect
 from trainers.config import Config
 from trainers.config_io import load_resumed, to_yaml
 from trainers.evaluation import Evaluation
+from trainers.interruption import Interrupted, RunStopped
 from trainers.metrics import Stopwatch
-from trainers.overoptimisation import Finding, best_weights, find, heldout_signs, keep_best, read_history, save_record
+from trainers.overoptimisation import best_weights
 from trainers.pictures import caption, grid, save_curves, to_pil, with_inputs
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
 from trainers.report import epoch_line, epoch_row, scalars, shown_inputs, spread, write_comparison
+from trainers.review import due, evaluate, is_overoptimised, lacks_evaluation
 from trainers.run import RunFolder, read_metrics
 from trainers.scoring import Scorer
 from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
+from trainers.state import TrainState
 from trainers.tracking import Picture
 from trainers.update import UpdateReport, update
 
+IN_EPOCH = ("sampling", "rewards", "training")
 CURVES = ("reward/mean", "kl/path_nats", "policy/clip_fraction", "optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
 
 
@@ -62,6 +68,9 @@ def train(
 
     Returns:
         The run folder.
+
+    Raises:
+        RunStopped: On SIGTERM, SIGUSR1 or Ctrl-C, once the last whole epoch is in a checkpoint.
     """
     config = replace(config or Config(), sampler=policy.sampler)
     if config.reward_processes.devices:
@@ -116,14 +125,18 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
     Returns:
         The run folder.
 
+    A run that was killed before its first checkpoint starts again in its folder.
+
     Raises:
-        CheckpointError: There is no checkpoint, or it is damaged; the message names one to use instead.
+        CheckpointError: There is no such checkpoint, or it is damaged; the message names one to use instead.
+        RunStopped: On a signal, once the last whole epoch is in a checkpoint.
     """
     folder = RunFolder.open(run)
     config = load_resumed(folder.path / "config.yaml", overrides)
-    source = checkpoint_to_resume(folder, checkpoint)
+    nothing = checkpoint is None and latest_checkpoint(folder.path) is None
+    source = None if nothing else checkpoint_to_resume(folder, checkpoint)
     processes = Processes(device=config.model.device)
-    session = load_session(config, processes, folder, first_step=checkpoint_epoch(source) + 1)
+    session = load_session(config, processes, folder, first_step=0 if source is None else checkpoint_epoch(source) + 1)
     restore(session, source)
     return _train(session)
 
@@ -132,33 +145,45 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
 
 
 def _train(session: Session) -> Path:
-    """Runs epochs until the configured number or time is reached; returns the run folder."""
-    state, config = session.state, session.state.config
+    """Runs epochs until the configured number or time is reached; returns the run folder.
+
+    Raises:
+        RunStopped: On a signal, once the last whole epoch is in a checkpoint.
+    """
+    state = session.state
+    with session.processes.signals.caught():
+        threads = max(1, len(state.config.reward_processes.devices))
+        with Scorer(state.reward, group_size=session.plan.group_size, threads=threads) as scorer:
+            try:
+                stopped = _epochs(session, scorer)
+            except (RewardError, Interrupted) as stop:
+                if state.saved_epoch != state.epoch:
+                    _checkpoint(session)
+                if isinstance(stop, RewardError):
+                    raise
+                raise RunStopped(_farewell(session, stop)) from None
+        _finish(session, stopped=stopped)
+    return session.run.path
+
+
+def _epochs(session: Session, scorer: Scorer) -> bool:
+    """Runs the epochs that are left; returns whether over-optimisation ended them early."""
+    state, config, processes = session.state, session.state.config, session.processes
     objective = policy_gradient(config.objective)
-    evaluations = session.run.path / "evaluations"
-    if _lacks_evaluation(session, evaluations):
-        _evaluate(session, evaluations)
+    if lacks_evaluation(session):
+        evaluate(session)
     out_of_time = stopped = False
-    threads = max(1, len(config.reward_processes.devices))
-    with (
-        Scorer(state.reward, group_size=session.plan.group_size, threads=threads) as scorer,
-        session.progress.epochs(state.epoch, config.epochs) as bar,
-    ):
+    with session.progress.epochs(state.epoch, config.epochs) as bar:
         for _ in bar:
             if out_of_time or stopped:
                 break
+            processes.safe_point("the pause between epochs")
             clock = Stopwatch(state.policy.device)
-            started, position = time.perf_counter(), state.prompts.position
-            try:
-                collected = collect(state, session.plan, session.processes, scorer, session.progress, clock)
-            except RewardError:
-                state.prompts.position = position
-                _checkpoint(session)
-                raise
-            with clock("train"):
-                report = update(
-                    state, objective, collected.experience, session.plan, session.processes, session.progress
-                )
+            started = time.perf_counter()
+            with _all_or_nothing(state):
+                collected = collect(state, session.plan, processes, scorer, session.progress, clock)
+                with clock("train"):
+                    report = update(state, objective, collected.experience, session.plan, processes, session.progress)
             state.epoch += 1
             state.samples += session.plan.images_per_epoch
             state.seconds += time.perf_counter() - started
@@ -167,16 +192,37 @@ def _train(session: Session) -> Path:
             state.multipliers.update(collected.constraints.means)
             state.reward.epoch = state.epoch
             minutes = state.seconds / 60
-            out_of_time = config.max_minutes is not None and _agreed(session.processes, minutes >= config.max_minutes)
+            out_of_time = config.max_minutes is not None and processes.agreed(minutes >= config.max_minutes)
             last = out_of_time or state.epoch == config.epochs
-            if last or _due(state.epoch, config.evaluation.every_epochs):
-                _evaluate(session, evaluations)
-                stopped = _overoptimised(session)
+            if last or due(state.epoch, config.evaluation.every_epochs):
+                evaluate(session)
+                stopped = is_overoptimised(session)
             last = last or stopped
-            if last or _due(state.epoch, config.checkpoints.every_epochs):
+            if last or due(state.epoch, config.checkpoints.every_epochs):
                 _checkpoint(session)
-    _finish(session, evaluations, stopped=stopped)
-    return session.run.path
+    return stopped
+
+
+@contextmanager
+def _all_or_nothing(state: TrainState) -> Iterator[None]:
+    """Undoes what a failing reward or a signal leaves of an epoch, unless its start is in a checkpoint already."""
+    snapshot = None if state.saved_epoch == state.epoch else state.snapshot()
+    try:
+        yield
+    except (RewardError, Interrupted):
+        if snapshot is not None:
+            state.restore(snapshot)
+        raise
+
+
+def _farewell(session: Session, stop: Interrupted) -> str:
+    """What a signal has cost, and how to go on."""
+    done = session.state.epoch
+    partial = f"epoch {done + 1} is dropped and will be repeated" if stop.phase in IN_EPOCH else "no epoch is lost"
+    return (
+        f"stopped by {stop.signal} during {stop.phase}: {partial}; {done} whole epochs are in "
+        f"{checkpoint_path(session.run.path, done)}\ncontinue with: ddpo train --resume {session.run.path}"
+    )
 
 
 def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch) -> None:
@@ -189,7 +235,7 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
     session.progress.line(epoch_line(row))
     session.tracker.log(scalars(row), step=state.epoch)
     session.tracker.histogram("reward/histogram", collected.scores.total.tolist(), step=state.epoch)
-    if _due(state.epoch, state.config.tracking.pictures_every_epochs):
+    if due(state.epoch, state.config.tracking.pictures_every_epochs):
         scores = collected.experience.scores.tolist()
         captions = [caption(p, s) for p, s in zip(collected.prompts, scores[: len(collected.images)], strict=False)]
         condition = collected.experience.trajectory.condition
@@ -199,63 +245,6 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
         session.tracker.images("samples", pictures, step=state.epoch)
 
 
-def _lacks_evaluation(session: Session, folder: Path) -> bool:
-    """Whether an evaluation is due that is not there: at the start, or where a reward failed in it."""
-    state, config = session.state, session.state.config
-    wanted = state.epoch in (0, config.epochs) or _due(state.epoch, config.evaluation.every_epochs)
-    return wanted and not _agreed(session.processes, (folder / f"epoch_{state.epoch:06d}.safetensors").is_file())
-
-
-def _evaluate(session: Session, folder: Path) -> None:
-    """Evaluates the (averaged) weights, logs and saves the result; a reward that fails loses no epoch."""
-    state = session.state
-    try:
-        with state.ema.applied():
-            result = session.evaluator(session.evaluated, state.reward, session.heldout)
-    except RewardError:
-        _checkpoint(session)
-        raise
-    if session.processes.is_main:
-        summary = result.summary()
-        result.save(folder, f"epoch_{state.epoch:06d}")
-        session.tracker.log({f"eval/{name}": measure.mean for name, measure in summary.items()}, step=state.epoch)
-        text = "  ".join(f"{name} {measure}" for name, measure in summary.items() if not name.startswith("ode/"))
-        session.progress.line(f"evaluation at epoch {state.epoch}: {text}")
-        save_record(folder, state.epoch, summary, _judge(session, folder))
-
-
-def _judge(session: Session, folder: Path) -> list[Finding]:
-    """Compares the held-out rewards with their best evaluations; warns, counts, and keeps the best weights."""
-    state, heldout, options = session.state, session.heldout, session.state.config.evaluation
-    if heldout is None or options.overoptimisation_threshold == 0:
-        return []
-    history, signs = read_history(folder, state.reward, session.evaluator.texts), heldout_signs(heldout)
-    findings = find(history, signs, threshold=options.overoptimisation_threshold)
-    caught = [finding for finding in findings if finding.over_optimised]
-    state.overoptimised = state.overoptimised + 1 if caught else 0
-    for finding in caught:
-        session.progress.line(f"WARNING: over-optimisation at epoch {state.epoch}: {finding}")
-    measured = {f"eval/{finding.reward}/z_since_best": finding.heldout_z for finding in findings}
-    session.tracker.log(
-        scalars({**measured, "eval/overoptimised": float(state.overoptimised)}), step=state.epoch
-    )
-    if options.stop_on_overoptimisation:
-        keep_best(session.run.path, history, signs, state.export)
-    return findings
-
-
-def _overoptimised(session: Session) -> bool:
-    """Whether to stop, after so many evaluations in a row that found over-optimisation; agreed by all processes."""
-    options, state = session.state.config.evaluation, session.state
-    if not options.stop_on_overoptimisation:
-        return False
-    state.overoptimised = int(str(session.processes.gather_json(state.overoptimised)[0]))
-    stop = state.overoptimised >= options.overoptimisation_patience
-    if stop:
-        session.progress.line(f"stopped at epoch {state.epoch}: {state.overoptimised} such evaluations in a row")
-    return stop
-
-
 def _checkpoint(session: Session) -> None:
     state = session.state
     state.save(checkpoint_path(session.run.path, state.epoch), session.processes)
@@ -263,15 +252,15 @@ def _checkpoint(session: Session) -> None:
         prune(session.run.path, state.config.checkpoints.keep_last)
 
 
-def _finish(session: Session, evaluations: Path, *, stopped: bool) -> None:
+def _finish(session: Session, *, stopped: bool) -> None:
     """Exports the weights and ends the run with the comparison of its first evaluation and that of these weights."""
+    state, run = session.state, session.run
+    evaluations, best = run.evaluations, best_weights(run.path) if stopped else None
+    if best is None:
+        state.export(run.lora, session.processes)
     if not session.processes.is_main:
         return
-    state, run = session.state, session.run
-    best = best_weights(run.path) if stopped else None
-    if best is None:
-        state.export(run.lora)
-    else:
+    if best is not None:
         shutil.copytree(best, run.lora, dirs_exist_ok=True)
         session.progress.line(f"the weights of the best evaluation ({best.name}) are exported, not the last ones")
     chosen = f"epoch_{state.epoch:06d}" if best is None else best.name
@@ -285,12 +274,3 @@ def _finish(session: Session, evaluations: Path, *, stopped: bool) -> None:
     session.tracker.images("final", pictures, step=state.epoch)
     session.tracker.close()
     print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)  # noqa: T201
-
-
-def _due(epoch: int, every: int) -> bool:
-    return every > 0 and epoch % every == 0
-
-
-def _agreed(processes: Processes, value: bool) -> bool:
-    """The main process's answer, so that all stop at the same epoch."""
-    return bool(processes.gather_json(value)[0])

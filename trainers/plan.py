@@ -4,11 +4,13 @@ The user says what an update means, over all processes: samples per epoch, image
 devices' batch sizes only cut the work and never change a result. Legend: `N` samples per epoch, `P` processes, `S`
 stochastic steps, `S' = round(step_fraction S)` steps trained per sample and inner epoch, `U` updates per inner epoch.
 
-    a process samples N / P images: whole groups, so advantages need no other process's prompts
+    a process samples N / P images, rounded down or up: scores are gathered, so a group may lie on two processes
     update u trains share_u of every sample's S' steps, sum_u share_u = S', shares differ by at most 1
     it is accumulated over ceil(N / P * share_u / train_batch_size) micro-batches per process
 
-A denoiser row is one latent through the network; guidance doubles rows.
+All processes go through the same number of batches, so that they can agree between any two to stop; where one has an
+image less, its last batch is smaller, or empty. A split network (`distributed.strategy`) computes with all processes at
+once: then no batch may be empty. A denoiser row is one latent through the network; guidance doubles rows.
 """
 
 import math
@@ -31,20 +33,20 @@ class BatchPlan:
 
     Attributes:
         num_processes: Processes that share an epoch.
+        rank: The process that this is the plan of; the others' differ by one sample where N / P is no whole number.
         epochs: Epochs of the run.
         images_per_epoch: Samples over all processes.
         group_size: Samples per prompt.
         groups_per_epoch: Prompts drawn per epoch over all processes.
-        groups_per_process: Prompts of one process.
-        samples_per_process: Samples of one process.
-        sample_batches: Images of each denoiser batch while sampling, per process; the last may be smaller.
+        samples_per_process: Samples of this process.
+        sample_batches: Images of each denoiser batch while sampling, in this process.
         num_steps: Denoising steps of a sample.
         num_stochastic: Those with noise: the policy's decisions.
         steps_per_sample: Steps trained per sample and inner epoch.
         shares: Steps of every sample that each update takes.
-        train_batch_size: Transitions per micro-batch; the last of an update may be smaller.
-        transitions_per_update: Transitions of each update, per process.
-        micro_batches_per_update: Forward and backward passes of each update, per process.
+        train_batch_size: Largest number of transitions per micro-batch.
+        transitions_per_update: Transitions of each update, in this process.
+        micro_batches: Transitions of each micro-batch of each update, in this process.
         updates_per_epoch: Optimizer steps per inner epoch.
         inner_epochs: Passes over an epoch's samples.
         optimizer_steps_per_epoch: Optimizer steps per epoch.
@@ -56,11 +58,11 @@ class BatchPlan:
     """
 
     num_processes: int
+    rank: int
     epochs: int
     images_per_epoch: int
     group_size: int
     groups_per_epoch: int
-    groups_per_process: int
     samples_per_process: int
     sample_batches: tuple[int, ...]
     num_steps: int
@@ -69,7 +71,7 @@ class BatchPlan:
     shares: tuple[int, ...]
     train_batch_size: int
     transitions_per_update: tuple[int, ...]
-    micro_batches_per_update: tuple[int, ...]
+    micro_batches: tuple[tuple[int, ...], ...]
     updates_per_epoch: int
     inner_epochs: int
     optimizer_steps_per_epoch: int
@@ -79,6 +81,16 @@ class BatchPlan:
     reference_rows: int
 
     @property
+    def micro_batches_per_update(self) -> tuple[int, ...]:
+        """Forward and backward passes of each update."""
+        return tuple(map(len, self.micro_batches))
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether every group lies on a single process."""
+        return self.groups_per_epoch % self.num_processes == 0
+
+    @property
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
         return self.sampling_rows + self.training_rows + self.reference_rows
@@ -86,9 +98,11 @@ class BatchPlan:
     def describe(self) -> str:
         """A table for people, without a final newline."""
         each = " per process" if self.num_processes > 1 else ""
+        uneven = self.images_per_epoch % self.num_processes != 0
+        rest = "; some have an image less" if uneven else "" if self.whole_groups else "; groups lie on two processes"
         shares = _runs(self.shares)
         rows = [
-            ("processes", f"{self.num_processes}"),
+            ("processes", f"{self.num_processes}{rest}"),
             ("epoch", f"{self.images_per_epoch:,} images = {self.groups_per_epoch:,} prompts x {self.group_size}"),
             ("sampling", f"{self.num_steps} steps; batches{each}: {_runs(self.sample_batches)} images"),
             (
@@ -113,12 +127,13 @@ class BatchPlan:
         return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
-def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> BatchPlan:
+def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: int | None = None) -> BatchPlan:
     """Plans an epoch.
 
     Args:
         config: The run.
         num_processes: Processes that share each epoch.
+        rank: The process to plan for; None takes one with the most samples.
         num_stochastic: Steps with noise, the same number in every epoch, known once the schedule is; before,
             `config.sampler.max_stochastic_steps` is an upper bound (DDIM's last step may have none).
 
@@ -126,7 +141,10 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
         PlanError: a number does not divide; the message names the nearest possible values.
     """
     batch, objective = config.batch, config.objective
-    samples = _divisible_samples(config, num_processes)
+    _check_samples(config, num_processes)
+    rank = num_processes - 1 if rank is None else rank
+    samples = len(share(batch.samples_per_epoch, rank=rank, count=num_processes))
+    most = math.ceil(batch.samples_per_epoch / num_processes)
     steps = max(1, round(objective.step_fraction * num_stochastic))
     updates = objective.updates_per_epoch
     if updates > steps:
@@ -136,33 +154,35 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int) -> Bat
             f"stochastic steps); for more updates raise inner_epochs"
         )
     shares = split_evenly(steps, updates)
-    transitions = tuple(samples * share for share in shares)
+    sharded = num_processes > 1 and config.distributed.strategy != "ddp"
     guided = 2 if config.sampler.guidance_scale > 1 else 1
     sampled, trained = batch.samples_per_epoch, batch.samples_per_epoch * steps * objective.inner_epochs
     training_rows = trained * (guided if objective.train_guidance == "same" else 1)
     return BatchPlan(
         num_processes=num_processes,
+        rank=rank,
         epochs=config.epochs,
         images_per_epoch=batch.samples_per_epoch,
         group_size=batch.group_size,
         groups_per_epoch=batch.samples_per_epoch // batch.group_size,
-        groups_per_process=samples // batch.group_size,
         samples_per_process=samples,
-        sample_batches=chunks(samples, batch.sample_batch_size),
+        sample_batches=in_step(samples, batch.sample_batch_size, most=most, sharded=sharded),
         num_steps=config.sampler.num_steps,
         num_stochastic=num_stochastic,
         steps_per_sample=steps,
         shares=shares,
         train_batch_size=batch.train_batch_size,
-        transitions_per_update=transitions,
-        micro_batches_per_update=tuple(math.ceil(count / batch.train_batch_size) for count in transitions),
+        transitions_per_update=tuple(samples * part for part in shares),
+        micro_batches=tuple(
+            in_step(samples * part, batch.train_batch_size, most=most * part, sharded=sharded) for part in shares
+        ),
         updates_per_epoch=updates,
         inner_epochs=objective.inner_epochs,
         optimizer_steps_per_epoch=updates * objective.inner_epochs,
         optimizer_steps_total=updates * objective.inner_epochs * config.epochs,
         sampling_rows=sampled * (config.sampler.num_steps + len(config.shaping.steps)) * guided,
         training_rows=training_rows,
-        reference_rows=_reference_rows(config, samples, num_processes, num_stochastic, training_rows),
+        reference_rows=_reference_rows(config, most, num_processes, num_stochastic, training_rows),
     )
 
 
@@ -187,18 +207,47 @@ def chunks(total: int, size: int) -> tuple[int, ...]:
     return (size,) * full + ((rest,) if rest else ())
 
 
-def _divisible_samples(config: Config, num_processes: int) -> int:
-    """Samples of one process; groups never straddle processes."""
-    samples, group = config.batch.samples_per_epoch, config.batch.group_size
-    unit = group * num_processes
-    if samples % unit == 0:
-        return samples // num_processes
-    below, above = samples // unit * unit, (samples // unit + 1) * unit
-    nearest = f"{below} or {above}" if below else f"{above}"
-    reason = f"batch.group_size {group}" + (f" x {num_processes} processes" if num_processes > 1 else "")
-    raise PlanError(
-        f"batch.samples_per_epoch must be a multiple of {unit} ({reason}), got {samples}; nearest possible: {nearest}"
-    )
+def share(total: int, *, rank: int, count: int) -> range:
+    """A process's contiguous part of `total` items; parts differ by at most one, the last ones being larger."""
+    return range(total * rank // count, total * (rank + 1) // count)
+
+
+def in_step(total: int, size: int, *, most: int, sharded: bool) -> tuple[int, ...]:
+    """A process's batches: as many as the process with the most items has.
+
+    Args:
+        total: Items of this process; `most` or less.
+        size: Largest batch.
+        most: Items of the process that has the most.
+        sharded: Whether all processes must have something to do in every batch.
+    """
+    count = math.ceil(most / size)
+    if sharded and total < most:
+        return split_evenly(total, count)
+    full = chunks(total, size)
+    return full + (0,) * (count - len(full))
+
+
+def _check_samples(config: Config, num_processes: int) -> None:
+    """Whole groups, something for every process, and for a split network something in every batch."""
+    batch = config.batch
+    samples, group = batch.samples_per_epoch, batch.group_size
+    if samples % group != 0 or samples < num_processes:
+        least = math.ceil(num_processes / group) * group
+        nearest = sorted({max(least, samples // group * group), max(least, (samples // group + 1) * group)})
+        each = f" and at least one for each of {num_processes} processes" if num_processes > 1 else ""
+        raise PlanError(
+            f"batch.samples_per_epoch must be a multiple of {group} (batch.group_size){each}, got {samples}; "
+            f"nearest possible: {' or '.join(map(str, nearest))}"
+        )
+    ones = [name for name in ("sample_batch_size", "train_batch_size") if getattr(batch, name) == 1]
+    sharded = config.distributed.strategy != "ddp"
+    if sharded and samples % num_processes and ones:
+        raise PlanError(
+            f"batch.{ones[0]} must be at least 2 with distributed.strategy {config.distributed.strategy} and "
+            f"{samples} samples on {num_processes} processes, got 1: a split network computes with all processes at "
+            "once, and one with an image less would have an empty batch"
+        )
 
 
 def _runs(numbers: tuple[int, ...]) -> str:

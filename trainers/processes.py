@@ -5,11 +5,16 @@ depend on the number of processes beyond rounding.
 """
 
 import json
+from collections.abc import Iterable
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from torch import Tensor
+
+from trainers.interruption import Interrupted, Signals
+from trainers.plan import share
 
 
 class Processes:
@@ -19,6 +24,7 @@ class Processes:
         rank: Index of this process.
         count: Number of processes.
         device: Where this process computes.
+        signals: What this process was told by signals.
     """
 
     def __init__(self, *, device: str | None = None) -> None:
@@ -28,9 +34,22 @@ class Processes:
             device: `cpu` to stay off the accelerator; None takes this process's own.
         """
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"accelerate was configured for {self._accelerator.distributed_type.value}, which would have no effect "
+                "here: launch with configs/accelerate/multi_gpu_8.yaml (MULTI_GPU) and split the network with "
+                "--distributed.strategy fsdp or zero2"
+            )
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
         self.device = self._accelerator.device if device is None or self.count > 1 else torch.device(device)
+        self.signals = Signals()
+        # Small numbers are agreed upon by the CPUs, which then need not wait for what their GPUs still compute.
+        self._control: dist.ProcessGroup | None = None
+        if self.count > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup), "this process is a member of a group of all"
+            self._control = group
 
     @property
     def is_main(self) -> bool:
@@ -38,16 +57,54 @@ class Processes:
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """This process's contiguous part of `total` items."""
-        return share_of(total, rank=self.rank, count=self.count)
+        """This process's contiguous part of `total` items; parts differ by at most one."""
+        return share(total, rank=self.rank, count=self.count)
 
-    def prepare(self, network: nn.Module) -> nn.Module:
-        """The network whose gradients are averaged over all processes in the backward pass."""
-        return network if self.count == 1 else self._accelerator.prepare_model(network)
+    def safe_point(self, phase: str) -> None:
+        """Where a run can stop; every process must pass the same ones.
+
+        Args:
+            phase: What is going on, for the message.
+
+        Raises:
+            Interrupted: On all processes, when a signal has reached any of them.
+        """
+        number = self.largest(self.signals.received)
+        if number:
+            raise Interrupted(number, phase)
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        return max(self._everyones(value))
+
+    def agreed(self, value: bool) -> bool:
+        """The main process's answer, so that all do the same."""
+        return bool(self._everyones(int(value))[0])
+
+    def _everyones(self, value: int) -> list[int]:
+        """One number of each process, in rank order, without waiting for the accelerator."""
+        if self._control is None:
+            return [value]
+        values = torch.zeros(self.count, dtype=torch.int64)
+        values[self.rank] = value
+        dist.all_reduce(values, group=self._control)
+        return values.tolist()
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors, on `device`, by the main process's."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Rows of all processes in rank order; every process passes the same number of rows."""
-        return values if self.count == 1 else self._accelerator.gather(values.to(self.device)).to(values.device)
+        """Rows of all processes in rank order; processes may have different numbers of rows."""
+        if self.count == 1:
+            return values
+        lengths = self._everyones(len(values))
+        padded = torch.zeros(max(lengths), *values.shape[1:], dtype=values.dtype, device=self.device)
+        padded[: len(values)] = values
+        rows = self._accelerator.gather(padded).unflatten(0, (self.count, -1))
+        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]).to(values.device)
 
     def gather_json(self, value: object) -> list[object]:
         """One JSON-able value of each process, in rank order, on every process."""
@@ -59,24 +116,21 @@ class Processes:
         return [safetensors.torch.load(data) for data in self._gather_bytes(safetensors.torch.save(own))]
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
-        """Byte strings of different lengths, padded to one tensor: collectives for objects would pickle."""
+        """Byte strings of different lengths, as one tensor: collectives for objects would pickle."""
         if self.count == 1:
             return [data]
-        lengths = self.gather(torch.tensor([len(data)])).tolist()
-        padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
-        padded[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        rows = self.gather(padded)
-        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+        lengths = self._everyones(len(data))
+        everything = self.gather(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return [piece.numpy().tobytes() for piece in everything.split(lengths)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over processes, elementwise."""
-        return values if self.count == 1 else self._accelerator.reduce(values.to(self.device), "sum")
+        """Sum over processes, elementwise, on `device`."""
+        if self.count == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
 
     def wait(self) -> None:
         """Returns once every process is here."""
         self._accelerator.wait_for_everyone()
-
-
-def share_of(total: int, *, rank: int, count: int) -> range:
-    """The contiguous part of `total` items that falls to one of `count` processes."""
-    return range(total * rank // count, total * (rank + 1) // count)

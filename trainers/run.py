@@ -112,6 +112,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def evaluations(self) -> Path:
+        """Folder of evaluations; made by whoever writes them."""
+        return self.path / "evaluations"
+
+    @property
     def lora(self) -> Path:
         """Folder of the final weights; made by whoever writes them."""
         return self.path / "lora"

@@ -5,7 +5,7 @@ names it; nothing is guessed in its place.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
@@ -43,6 +43,11 @@ class Scorer:
 
     def _score(self, batch: ImageBatch) -> Scores:
         return self._reward(batch.images, batch.prompts, batch.metadata, batch.groups)
+
+    def wait(self, *, seconds: float, queue: int = -1) -> bool:
+        """Waits, not longer than so many seconds, and returns whether `collect` would return or raise at once."""
+        state = wait(self._pending[queue], timeout=seconds, return_when=FIRST_EXCEPTION)
+        return not state.not_done or any(future.exception() is not None for future in state.done)
 
     def collect(self, queue: int = -1) -> Scores:
         """The scores of all batches of a queue, concatenated in order.

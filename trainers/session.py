@@ -19,6 +19,7 @@ from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.reward_processes import start_rewards
 from trainers.reward_record import record_rewards
 from trainers.run import RunFolder
+from trainers.sharding import distribute
 from trainers.state import TrainState
 from trainers.tracking import Tracker, open_trackers
 
@@ -117,10 +118,11 @@ def make_session(
         )
     everything = [*prompts, *evaluated]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
-    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic)
+    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic, rank=processes.rank)
+    evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
+    distribute(policy, config.distributed, processes)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
-    policy.denoiser.network = processes.prepare(policy.denoiser.network)
     progress = Progress(enabled=processes.is_main)
     record_rewards(run.path, reward, heldout, processes, progress)
     return Session(
@@ -136,7 +138,7 @@ def make_session(
             processes=processes,
             progress=progress,
         ),
-        evaluated=policy.with_sampler(config.evaluation_sampler, seed=config.seed),
+        evaluated=evaluation_policy,
         heldout=heldout,
         tracker=open_trackers(
             config.tracking.trackers,
@@ -159,14 +161,16 @@ def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
     return source
 
 
-def restore(session: Session, source: Path) -> None:
-    """Puts a session where a checkpoint left it, and the run folder's records with it."""
+def restore(session: Session, source: Path | None) -> None:
+    """Puts a session where a checkpoint left it, or at its start, and the run folder's records with it."""
     run, processes = session.run, session.processes
-    session.state.load(*load_checkpoint(source), processes)
+    if source is not None:
+        session.state.load(*load_checkpoint(source), processes)
     if processes.is_main:
-        run.note_resume(source.name)
+        run.note_resume("none" if source is None else source.name)
         run.truncate_metrics(session.state.epoch)
         discard_after(run.path, session.state.epoch)
-        discard_evaluations(run.path / "evaluations", session.state.epoch)
-    session.progress.line(f"resumed from {source} after epoch {session.state.epoch}")
+        discard_evaluations(run.evaluations, session.state.epoch)
+    where = "the start: there is no checkpoint yet" if source is None else f"{source} after epoch {session.state.epoch}"
+    session.progress.line(f"resumed from {where}")
     processes.wait()

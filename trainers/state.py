@@ -18,9 +18,25 @@ from trainers.ema import Ema
 from trainers.evaluation_sampler import write_samplers
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
-from trainers.rng import rng_state, set_rng_state
+from trainers.rng import RandomValues, rng_state, set_rng_state
+from trainers.sharding import collected, local, split_like
 
-COUNTERS = ("alpha", "epoch", "updates", "skipped", "skipped_in_a_row", "samples", "seconds")
+COUNTERS = ("alpha", "epoch", "updates", "skipped", "skipped_in_a_row", "samples", "seconds", "overoptimised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A copy of a state in this process's memory, to go back to; of split tensors this process's part.
+
+    Attributes:
+        tensors: Trainable weights, optimizer moments and averages, by group and name, on the CPU.
+        values: Counters and statistics.
+        rng: This process's random states.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+    rng: tuple[dict[str, Tensor], RandomValues]
 
 
 @dataclass(kw_only=True)
@@ -45,6 +61,7 @@ class TrainState:
         samples: Images sampled for training, over all processes.
         seconds: Time spent in epochs; evaluations and checkpoints not included.
         overoptimised: Newest evaluations in a row that found over-optimisation.
+        saved_epoch: Finished epochs in the newest checkpoint; -1 before the first.
     """
 
     config: Config
@@ -64,6 +81,7 @@ class TrainState:
     samples: int = 0
     seconds: float = 0.0
     overoptimised: int = 0
+    saved_epoch: int = -1
 
     @classmethod
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
@@ -94,20 +112,57 @@ class TrainState:
         )
 
     def save(self, folder: Path, processes: Processes) -> None:
-        """Writes a checkpoint; called on every process, written by the main one."""
+        """Writes a checkpoint; called on every process, written by the main one, with all tensors whole."""
         rng_tensors, rng_values = rng_state()
         everyones_tensors, everyones_values = processes.gather_tensors(rng_tensors), processes.gather_json(rng_values)
-        if processes.is_main:
-            random = {f"rng_{rank}": tensors for rank, tensors in enumerate(everyones_tensors)}
+        keep = processes.is_main
+        tensors = {group: collected(members, keep=keep) for group, members in self._tensors().items()}
+        if keep:
+            random = {f"rng_{rank}": state for rank, state in enumerate(everyones_tensors)}
             values = {**self._values(), "rng": {str(rank): state for rank, state in enumerate(everyones_values)}}
-            save_checkpoint(folder, tensors={**self._tensors(), **random}, values=values, extra=self.export)
+            used = tensors.get("ema", tensors["weights"])
+            save_checkpoint(
+                folder, tensors={**tensors, **random}, values=values, extra=lambda path: self._write(path, used)
+            )
+        self.saved_epoch = self.epoch
         processes.wait()
 
-    def export(self, folder: Path) -> None:
-        """Writes the weights (averaged, if they are) for `pipeline.load_lora_weights(folder)`, and both samplers."""
-        with self.ema.applied():
-            self.policy.save(folder)
+    def export(self, folder: Path, processes: Processes) -> None:
+        """Writes the weights to use (averaged, if they are) for `pipeline.load_lora_weights(folder)`.
+
+        Called on every process, written by the main one.
+        """
+        used = collected(self.ema.average or self.policy.trainable(), keep=processes.is_main)
+        if processes.is_main:
+            self._write(folder, used)
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Weights in diffusers' format, and both samplers beside them."""
+        self.policy.save(folder, weights)
         write_samplers(folder, rollout=self.config.sampler, evaluation=self.config.evaluation_sampler)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of everything that an epoch changes, in host memory."""
+        tensors = {
+            group: {name: local(value.detach()).to("cpu", copy=True) for name, value in members.items()}
+            for group, members in self._tensors().items()
+        }
+        return Snapshot(tensors=tensors, values=self._values(), rng=rng_state())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot of this state."""
+        moments = snapshot.tensors["optimizer"]
+        for name, parameter in self.policy.trainable().items():
+            held = self.optimizer.state.get(parameter, {})
+            if not all(f"{key}.{name}" in moments for key in held):
+                del self.optimizer.state[parameter]  # its first step was in what is dropped
+        with torch.no_grad():
+            for group, members in self._tensors().items():
+                for name, value in members.items():
+                    local(value.detach()).copy_(snapshot.tensors[group][name])
+        self.optimizer.zero_grad(set_to_none=True)
+        self._set_values(snapshot.values)
+        set_rng_state(*snapshot.rng)
 
     def load(
         self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], processes: Processes
@@ -118,7 +173,14 @@ class TrainState:
             CheckpointError: It holds other weights than this configuration trains.
         """
         self._load_weights(tensors)
-        _load_optimizer(self.optimizer, list(self.policy.trainable()), tensors["optimizer"])
+        _load_optimizer(self.optimizer, self.policy.trainable(), tensors["optimizer"])
+        self._set_values(values)
+        self.saved_epoch = self.epoch
+        rank = str(processes.rank)
+        if rank in values["rng"]:
+            set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
+
+    def _set_values(self, values: Mapping[str, Any]) -> None:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(values["scaler"])
         self.advantages.load_state_dict(values["advantages"])
@@ -128,11 +190,7 @@ class TrainState:
         self.ema.steps = values["ema_steps"]
         for name in COUNTERS:
             setattr(self, name, values[name])
-        self.overoptimised = values.get("overoptimised", 0)
         self.reward.epoch = self.epoch
-        rank = str(processes.rank)
-        if rank in values["rng"]:
-            set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         moments = {}
@@ -143,7 +201,7 @@ class TrainState:
         groups = {"weights": weights, "optimizer": moments}
         return {**groups, "ema": self.ema.average} if self.ema.average else groups
 
-    def _values(self) -> dict[str, object]:
+    def _values(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in COUNTERS},
             "scaler": self.scaler.state_dict(),
@@ -152,7 +210,6 @@ class TrainState:
             "multipliers": self.multipliers.state_dict(),
             "prompts": self.prompts.position,
             "ema_steps": self.ema.steps,
-            "overoptimised": self.overoptimised,
         }
 
     def _load_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -168,13 +225,17 @@ class TrainState:
                 )
             with torch.no_grad():
                 for name, value in targets.items():
-                    value.copy_(saved[name])
+                    value.copy_(split_like(saved[name], value))
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Restores AdamW's moments; `names` are those of its parameters, in order."""
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Restores AdamW's moments; `parameters` are those of the optimizer, in order."""
+    names = list(parameters)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         moment, name = key.split(".", 1)
-        state.setdefault(names.index(name), {})[moment] = value
+        shaped = value.ndim > 0  # AdamW's step counter is not
+        state.setdefault(names.index(name), {})[moment] = split_like(value, parameters[name]) if shaped else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

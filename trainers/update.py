@@ -6,8 +6,7 @@ update is accumulated over micro-batches of transitions, of any samples and step
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor
 
 from ddpo import Experience, Transitions, sample_seeds
 from ddpo.objectives import Objective
+from trainers.gradients import sum_gradients
 from trainers.metrics import StepMeans
 from trainers.plan import BatchPlan
 from trainers.processes import Processes
 from trainers.progress import Progress
+from trainers.sharding import gathered, norm_of
 from trainers.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -74,6 +75,7 @@ def update(
     Raises:
         GateError: Before the first update, recomputed log-probabilities differ from the sampled ones.
         DivergedError: The third non-finite gradient in a row.
+        Interrupted: A signal has reached some process; weights and optimizer are then in the middle of an epoch.
     """
     num_steps, device = experience.trajectory.schedule.num_steps, state.policy.device
     means = StepMeans(num_steps, device)
@@ -81,16 +83,18 @@ def update(
     norms: list[float] = []
     skipped = state.skipped
     for inner in range(plan.inner_epochs):
-        for rows, steps in partition(state, experience, plan, processes, inner=inner):
+        parts = partition(state, experience, plan, processes, inner=inner)
+        for (rows, steps), sizes in zip(parts, plan.micro_batches, strict=True):
             first = StepMeans(num_steps, device)
-            for batch, sync in micro_batches(experience, rows, steps, plan, progress):
-                with nullcontext() if sync else state.policy.no_sync():
+            with gathered(state.policy, state.config.distributed):
+                for batch in micro_batches(experience, rows, steps, sizes, plan, processes, progress):
                     for loss in objective(state.policy, batch):
                         state.scaler.scale(loss.value).backward()
                         means.add(batch.steps, loss.metrics)
                         first.add(batch.steps, {"gate": loss.metrics["log_ratio"].abs()})
             if gate is None:
                 gate = check_gate(first.reduce(processes)["gate"], experience, state.config.gate_tolerance_nats)
+            sum_gradients(state.policy.trainable().values(), processes)
             norms += optimizer_step(state, plan)
     assert gate is not None
     per_step = means.reduce(processes)
@@ -126,13 +130,23 @@ def partition(
 
 
 def micro_batches(
-    experience: Experience, rows: Tensor, steps: Tensor, plan: BatchPlan, progress: Progress
-) -> Iterator[tuple[Transitions, bool]]:
-    """Cuts an update into micro-batches; with each comes whether it is the last, after which gradients are averaged."""
-    pieces = list(zip(rows.split(plan.train_batch_size), steps.split(plan.train_batch_size), strict=True))
-    for i, (some_rows, some_steps) in enumerate(progress.track(pieces, "training")):
-        share = len(some_rows) / len(rows)
-        yield experience.transitions(some_rows, some_steps, share=share), i == len(pieces) - 1
+    experience: Experience,
+    rows: Tensor,
+    steps: Tensor,
+    sizes: Sequence[int],
+    plan: BatchPlan,
+    processes: Processes,
+    progress: Progress,
+) -> Iterator[Transitions]:
+    """Cuts a process's transitions of an update into micro-batches, each with its share of all processes' update."""
+    everyones = plan.images_per_epoch * len(rows) // plan.samples_per_process
+    start = 0
+    for size in progress.track(sizes, "training"):
+        processes.safe_point("training")
+        if size > 0:
+            own = slice(start, start + size)
+            yield experience.transitions(rows[own], steps[own], share=size / everyones)
+        start += size
 
 
 def check_gate(gate: Tensor, experience: Experience, tolerance: float) -> Tensor:
@@ -178,7 +192,7 @@ def optimizer_step(state: TrainState, plan: BatchPlan) -> list[float]:
             state.updates, options.schedule, options.warmup_updates, plan.optimizer_steps_total
         )
     state.scaler.unscale_(state.optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(state.policy.trainable().values(), options.max_grad_norm))
+    norm = norm_of(torch.nn.utils.clip_grad_norm_(state.policy.trainable().values(), options.max_grad_norm))
     finite = norm < float("inf")
     if finite:
         state.scaler.step(state.optimizer)

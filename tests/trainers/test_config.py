@@ -57,7 +57,7 @@ def test_a_shipped_config_survives_a_round_trip(file, tmp_path):
 def test_accelerate_knows_every_key_of_the_launch_configs(file):
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     config = config_args.load_config_from_file(str(file))
-    assert config.num_processes == {"single_gpu": 1, "multi_gpu_8": 8, "two_nodes": 16}[file.stem]
+    assert config.num_processes == {"single_gpu": 1, "multi_gpu_8": 8, "two_nodes": 16, "fsdp2_8": 8}[file.stem]
 
 
 def test_sd15_configs_hold_ddpos_published_numbers():
@@ -281,7 +281,7 @@ def test_resuming_may_change_lengths_checkpoints_and_tracking_only(tmp_path):
     message = str(caught.value)
     assert "optimizer.learning_rate (saved null, now 0.001)" in message
     assert "adapter.kind (saved 'lora', now 'full')" in message
-    assert "on resume only epochs, max_minutes, checkpoints.*, tracking.* may change" in message
+    assert "on resume only epochs, max_minutes, checkpoints.*, tracking.*, distributed.* may change" in message
 
 
 def test_resuming_ignores_where_the_run_folder_is(tmp_path):

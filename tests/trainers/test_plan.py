@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from ddpo.kl import FixedKL
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
-from trainers.config import BatchConfig, Config
+from trainers.config import BatchConfig, Config, DistributedConfig
 from trainers.plan import PlanError, chunks, make_plan, split_evenly
 
 
 def a_config(
-    *, samples=256, group=8, sample_batch=8, train_batch=8, steps=50, guidance=5.0, kl=0.0, epochs=100, **objective
-):
+    *, samples=256, group=8, sample_batch=8, train_batch=8, steps=50, guidance=5.0, kl=0.0, epochs=100,
+    strategy="ddp", **objective,
+):  # fmt: skip
     return Config(
+        distributed=DistributedConfig(strategy=strategy),
         batch=BatchConfig(
             samples_per_epoch=samples, group_size=group, sample_batch_size=sample_batch, train_batch_size=train_batch
         ),
@@ -36,12 +38,13 @@ def a_config(
     fraction=st.floats(0.01, 1),
     updates=st.integers(1, 60),
     inner=st.integers(1, 3),
+    strategy=st.sampled_from(["ddp", "fsdp"]),
 )
 def test_every_transition_of_every_sample_is_trained_exactly_once(
-    processes, groups, group, sample_batch, train_batch, steps, fraction, updates, inner
+    processes, groups, group, sample_batch, train_batch, steps, fraction, updates, inner, strategy
 ):
     config = a_config(
-        samples=processes * groups * group,
+        samples=groups * group,
         group=group,
         sample_batch=sample_batch,
         train_batch=train_batch,
@@ -49,23 +52,35 @@ def test_every_transition_of_every_sample_is_trained_exactly_once(
         step_fraction=fraction,
         updates_per_epoch=updates,
         inner_epochs=inner,
+        strategy=strategy,
     )
     assume(updates <= max(1, round(fraction * steps)))
-    plan = make_plan(config, num_processes=processes, num_stochastic=steps)
-    assert plan.samples_per_process * processes == plan.images_per_epoch == config.batch.samples_per_epoch
-    assert plan.groups_per_process * group == plan.samples_per_process
-    assert sum(plan.sample_batches) == plan.samples_per_process
-    assert max(plan.sample_batches) <= sample_batch
-    assert sum(plan.shares) == plan.steps_per_sample <= steps
-    assert len(plan.shares) == updates
-    assert max(plan.shares) - min(plan.shares) <= 1
-    assert min(plan.shares) >= 1
-    assert sum(plan.transitions_per_update) == plan.samples_per_process * plan.steps_per_sample
-    for count, micro_batches in zip(plan.transitions_per_update, plan.micro_batches_per_update, strict=True):
-        assert micro_batches == len(chunks(count, train_batch))
-    assert plan.optimizer_steps_total == updates * inner * config.epochs
-    assert plan.training_rows == 2 * inner * processes * sum(plan.transitions_per_update)
-    assert "\n\n" not in plan.describe()
+    assume(groups * group >= processes)
+    uneven = groups * group % processes != 0
+    assume(not (strategy == "fsdp" and uneven and 1 in (sample_batch, train_batch)))
+    plans = [make_plan(config, num_processes=processes, num_stochastic=steps, rank=r) for r in range(processes)]
+    assert sum(plan.samples_per_process for plan in plans) == config.batch.samples_per_epoch
+    assert len({plan.micro_batches_per_update for plan in plans}) == 1, "all meet at the same safe points"
+    assert len({len(plan.sample_batches) for plan in plans}) == 1
+    for plan in plans:
+        assert sum(plan.sample_batches) == plan.samples_per_process
+        assert max(plan.sample_batches) <= sample_batch
+        assert sum(plan.shares) == plan.steps_per_sample <= steps
+        assert len(plan.shares) == updates
+        assert max(plan.shares) - min(plan.shares) <= 1
+        assert min(plan.shares) >= 1
+        assert sum(plan.transitions_per_update) == plan.samples_per_process * plan.steps_per_sample
+        assert tuple(map(sum, plan.micro_batches)) == plan.transitions_per_update
+        assert max(map(max, plan.micro_batches)) <= train_batch
+        if strategy == "fsdp":
+            assert min(plan.sample_batches) >= 1
+            assert min(map(min, plan.micro_batches)) >= 1
+        assert "\n\n" not in plan.describe()
+    largest = make_plan(config, num_processes=processes, num_stochastic=steps)
+    assert largest.samples_per_process == max(plan.samples_per_process for plan in plans)
+    assert largest.optimizer_steps_total == updates * inner * config.epochs
+    trained = inner * sum(sum(plan.transitions_per_update) for plan in plans)
+    assert {plan.training_rows for plan in plans} == {2 * trained}
 
 
 @given(total=st.integers(0, 500), parts=st.integers(1, 40))
@@ -96,18 +111,34 @@ def test_a_refused_size_comes_with_the_nearest_possible_ones(samples, group, pro
     for number in proposed:
         possible = dataclasses.replace(config, batch=dataclasses.replace(config.batch, samples_per_epoch=number))
         make_plan(possible, num_processes=processes, num_stochastic=50)
-        assert abs(number - samples) < group * processes
+        assert abs(number - samples) < group + processes
+
+
+def test_what_does_not_divide_by_processes_is_split_by_samples():
+    plans = [make_plan(a_config(samples=24, group=8), num_processes=5, num_stochastic=50, rank=r) for r in range(5)]
+    assert [plan.samples_per_process for plan in plans] == [4, 5, 5, 5, 5]
+    assert not plans[0].whole_groups
+    assert make_plan(a_config(samples=48, group=8), num_processes=3, num_stochastic=50).whole_groups
+    config = a_config(samples=9, group=3, sample_batch=4, train_batch=5, steps=2, strategy="fsdp", updates_per_epoch=1)
+    first, second = (make_plan(config, num_processes=2, num_stochastic=2, rank=rank) for rank in (0, 1))
+    assert (first.sample_batches, second.sample_batches) == ((2, 2), (4, 1))
+    assert (first.micro_batches, second.micro_batches) == (((4, 4),), ((5, 5),))
 
 
 def test_impossible_plans_name_the_cure():
     with pytest.raises(PlanError) as caught:
-        make_plan(a_config(samples=256, group=8), num_processes=3, num_stochastic=50)
+        make_plan(a_config(samples=252, group=8), num_processes=3, num_stochastic=50)
     assert str(caught.value) == (
-        "batch.samples_per_epoch must be a multiple of 24 (batch.group_size 8 x 3 processes), got 256; "
-        "nearest possible: 240 or 264"
+        "batch.samples_per_epoch must be a multiple of 8 (batch.group_size) and at least one for each of 3 processes, "
+        "got 252; nearest possible: 248 or 256"
     )
-    with pytest.raises(PlanError, match="must be a multiple of 8 .batch.group_size 8., got 4; nearest possible: 8$"):
+    with pytest.raises(PlanError, match="must be a multiple of 8 .batch.group_size., got 4; nearest possible: 8$"):
         make_plan(a_config(samples=4, group=8), num_processes=1, num_stochastic=50)
+    with pytest.raises(PlanError, match="at least one for each of 17 processes, got 16; nearest possible: 24$"):
+        make_plan(a_config(samples=16, group=8), num_processes=17, num_stochastic=50)
+    with pytest.raises(PlanError, match="train_batch_size must be at least 2 with distributed.strategy fsdp"):
+        make_plan(a_config(train_batch=1, strategy="fsdp"), num_processes=3, num_stochastic=50)
+    make_plan(a_config(train_batch=1, strategy="fsdp"), num_processes=4, num_stochastic=50)
     with pytest.raises(PlanError, match="objective.updates_per_epoch must be at most 5, got 6"):
         make_plan(a_config(step_fraction=0.5, updates_per_epoch=6), num_processes=1, num_stochastic=10)
 

@@ -1,0 +1,71 @@
+"""Runs functions in fresh processes that share a gloo group, each forked at once from a server that has torch."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PRELOADED = ["trainers.loop", "trainers.config_io", "trainers.preflight", "diffusers", "peft", "tests.tiny"]
+TIMEOUT_SECONDS = 200
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(PRELOADED)
+
+
+def in_processes(
+    function: Callable[..., object], *arguments: object, count: int = 1, log: Path | None = None
+) -> list[int]:
+    """Exit statuses of `count` processes that run function(*arguments); nonzero too where it raises.
+
+    Args:
+        function: Of a module that can be imported.
+        arguments: What it is given.
+        count: Processes; more than one find each other as torchrun's would.
+        log: File for what they print, `<log>.<rank>`; None prints it here.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    port = free_port()
+    children = [
+        _CONTEXT.Process(target=_enter, args=(function, arguments, rank, count, port, log)) for rank in range(count)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(TIMEOUT_SECONDS)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def command(arguments: Sequence[str]) -> None:
+    """The command line `ddpo`, as the body of a process."""
+    from trainers.cli import main
+
+    sys.exit(main(arguments))
+
+
+def _enter(
+    function: Callable[..., object], arguments: tuple, rank: int, count: int, port: int, log: Path | None
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if log is not None:
+        file = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if count > 1:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        )  # fmt: skip
+    function(*arguments)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
