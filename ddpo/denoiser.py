@@ -267,7 +267,8 @@ def _image_follows(step: Step) -> bool:
     latents, size = step.calls[0].latents, step.sample.shape[1]
     if beside_noise(step).numel() == 0:
         return False
-    if not all(torch.equal(rows, step.sample) for rows in latents[:, :size].split(step.sample.shape[0])):
+    noisy = latents[:, :size].split(step.sample.shape[0])
+    if not all(torch.equal(rows, step.sample.to(rows.dtype)) for rows in noisy):
         raise UntraceableError(
             f"the denoiser is given {latents.shape[1]} tokens where the scheduler steps {size}, and these are not the "
             "first of them"
@@ -288,6 +289,6 @@ def _extra_axis(latents: Tensor, sample: Tensor) -> int | None:
         if len(seen) == len(stepped) + 1 and seen[:axis] + seen[axis + 1 :] == stepped and seen[axis] == 1:
             return axis + 1
     raise UntraceableError(
-        f"the denoiser is given {seen} where the scheduler steps {stepped}: an image or a mask beside the noise is "
-        "not supported; use the model's text-to-image pipeline"
+        f"the denoiser is given {seen} where the scheduler steps {stepped}: an image or a mask in channels beside the "
+        "noise is not supported; use the model's text-to-image pipeline"
     )

@@ -80,6 +80,15 @@ def test_rewards_are_given_what_the_pipeline_was_given(policy, tmp_path):
     assert "image_path" not in in_memory.metadata[0]
 
 
+def test_wide_pictures_take_wide_images():
+    sampler = SamplerConfig(kind="ode", num_steps=2, height=16, width=32)
+    policy = Policy(tiny_kontext(), sampler=sampler)
+    assert policy.call.image_size == (32, 16) and policy.latent_shape == (32, 16)
+    condition = policy.encode(["a cat"], images(1))
+    assert condition.metadata[0]["image"].size == (32, 16)
+    assert policy.decode(rollout(policy, condition, SEEDS[:1]).final).shape == (1, 3, 16, 32)
+
+
 def test_a_prompt_without_an_image_and_an_image_without_use_are_refused(policy):
     with pytest.raises(ValueError, match="FluxKontextPipeline edits an input image, but the prompt 'a cat' comes with"):
         policy.encode(["a cat"])
