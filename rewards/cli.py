@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rewards.card import Card
 from rewards.construct import Registration
-from rewards.optional import installed
 from rewards.registry import BUILT_IN, available, find, resolve
 from rewards.selftest import Report, selftest
 
@@ -184,7 +183,7 @@ def _paragraph(name: str, origin: str) -> str:
 
 def _format_extra(card: Card) -> str:
     """The pip extra, and whether what it brings is missing here."""
-    missing = [module for module in card.modules if not installed(module)]
+    missing = card.missing({})
     return card.extra + (f" (not installed: {', '.join(missing)})" if missing else "")
 
 

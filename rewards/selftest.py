@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewards.base import Reward, RewardError
+from rewards.base import Metadata, Reward, RewardError
 from rewards.registry import resolve
-from rewards.samples import ORDERINGS, PROMPT, PROMPTS, Ordering, sample
+from rewards.samples import METADATA, ORDERINGS, PROMPT, PROMPTS, Ordering, sample
 
 NAMES = ("cat", "coffee", "noise", "cat_blurred", "text", "circle", "red", "cat_mirrored")
 BATCH_TOLERANCE = 1e-3
@@ -131,7 +131,11 @@ def check(reward: Reward, *, prompt: str | None = None, orderings: Sequence[Orde
 
 
 def _score(reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
-    return reward(pictures, prompts, [{}] * len(prompts)).total
+    return reward(pictures, prompts, _metadata(reward) * len(prompts)).total
+
+
+def _metadata(reward: Reward) -> list[Metadata]:
+    return [METADATA.get(reward.name, {})]
 
 
 def _varied(scores: Tensor) -> Finding:
@@ -189,7 +193,7 @@ def _gradient(reward: Reward, picture: Tensor, prompts: list[str]) -> Finding:
     if not reward.differentiable:
         return Finding(check="gradient", passed=None, detail="not declared")
     pixels = (0.1 + 0.8 * picture).requires_grad_()  # room to both sides
-    total = reward.differentiable_score(pixels, prompts, [{}]).total.sum()
+    total = reward.differentiable_score(pixels, prompts, _metadata(reward)).total.sum()
     gradient = torch.autograd.grad(total, pixels)[0]
     slope = float(gradient.double().norm())
     if not 0 < slope < float("inf"):
