@@ -18,12 +18,14 @@ class Alternative:
         value: the value that makes the difference.
         modules: packages needed then, as imported.
         programs: programs needed then, as called.
+        install: command that brings what is needed.
     """
 
     option: str
     value: str
     modules: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
+    install: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,16 @@ class Card:
 
     def missing(self, options: Mapping[str, object]) -> list[str]:
         """Packages and programs that a reward with these options needs and that are not installed here."""
-        for other in self.alternatives:
-            if options.get(other.option) == other.value:
-                absent = [program for program in other.programs if shutil.which(program) is None]
-                return [module for module in other.modules if not installed(module)] + absent
-        return [module for module in self.modules if not installed(module)]
+        other = self._alternative(options)
+        if other is None:
+            return [module for module in self.modules if not installed(module)]
+        absent = [program for program in other.programs if shutil.which(program) is None]
+        return [module for module in other.modules if not installed(module)] + absent
+
+    def install(self, options: Mapping[str, object]) -> str:
+        """The command that brings what a reward with these options needs."""
+        other = self._alternative(options)
+        return other.install if other else f"pip install 'ddpo[{self.extra}]'" if self.extra else "pip install ddpo"
+
+    def _alternative(self, options: Mapping[str, object]) -> Alternative | None:
+        return next((other for other in self.alternatives if options.get(other.option) == other.value), None)

@@ -35,6 +35,23 @@ def list_rewards(verbose: bool = False) -> str:
     return f"{listing}\n\n{_YOUR_OWN}"
 
 
+def catalogue() -> str:
+    """The built-in rewards as a Markdown table, the same on every machine: the one in docs/rewards.md."""
+    header = ["name", "gradient", "range", "typical", "what it is", "needs", "licence", "origin"]
+    rows = [header, ["---"] * len(header), *(_markdown_row(find(name)) for name in sorted(BUILT_IN))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _markdown_row(noted: Registration) -> list[str]:
+    card = noted.card
+    programs = [f"or `{program}`" for other in card.alternatives for program in other.programs]
+    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *programs])
+    gradient = "yes" if noted.differentiable else ""
+    described = _describe(noted).rstrip(".")
+    cells = [f"`{noted.name}`", gradient, _format_range(noted.range), card.typical, described, needs, card.licence]
+    return [cell.replace("|", "\\|") for cell in (*cells, card.origin)]
+
+
 def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[str] | None = None) -> str:
     """A table of the scores of image files, one row each, with components; a mean row for several.
 

@@ -35,7 +35,11 @@ _QUOTED = re.compile(r'["“]([^"“”]+)["”]')
         typical="0 no text, 0.6 Stable Diffusion 3.5, 1 all of it",
         extra="ocr",
         modules=("rapidocr", "onnxruntime"),
-        alternatives=(Alternative(option="engine", value="tesseract", programs=("tesseract",)),),
+        alternatives=(
+            Alternative(
+                option="engine", value="tesseract", programs=("tesseract",), install="apt install tesseract-ocr"
+            ),
+        ),
     ),
 )
 @final

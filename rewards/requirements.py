@@ -21,11 +21,7 @@ def check_requirements(name: str, options: Mapping[str, object]) -> None:
     noted = find(name)
     absent = noted.card.missing(options)
     if absent:
-        package = f"ddpo[{noted.card.extra}]" if noted.card.extra else "ddpo"
-        is_package = absent[0] in noted.card.modules
-        cure = (
-            f"pip install '{package}'" if is_package else f"install the program (Debian: apt install {absent[0]}-ocr)"
-        )
+        cure = noted.card.install(options)
         raise ImportError(f"reward {noted.name!r} needs {', '.join(absent)}, not installed here: {cure}")
     terms = options.get("terms")
     for term in terms if isinstance(terms, list | tuple) else ():

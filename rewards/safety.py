@@ -66,7 +66,7 @@ class Safety:
     "safety_margin",
     differentiable=True,
     range=(-3.0, 3.0),
-    card=replace(CARD, typical="0.02-0.1 usual pictures, negative = flagged"),
+    card=replace(CARD, typical="positive = not flagged, negative = flagged"),
 )
 @final
 class SafetyMargin:

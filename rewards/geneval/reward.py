@@ -37,7 +37,7 @@ Score = Literal["partial", "strict"]
     card=Card(
         origin="Ghosh et al., arXiv:2310.11513 (rules); OWLv2, arXiv:2306.09683; CLIP, arXiv:2103.00020",
         licence="MIT (rules, CLIP), Apache-2.0 (OWLv2)",
-        typical="strict: 0.43 Stable Diffusion 1.5, 0.63 Stable Diffusion 3.5 by the official detector",
+        typical="strict: 0.43 Stable Diffusion 1.5, 0.63 Stable Diffusion 3.5 medium, by the official detector",
         modules=("transformers",),
     ),
 )

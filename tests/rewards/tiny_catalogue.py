@@ -10,17 +10,23 @@ SIDES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 TEXT = SIDES | {"vocab_size": 20, "max_position_embeddings": 12, "bos_token_id": 2, "eos_token_id": 3}
 
 
+def build(kind, config, seed):
+    """A model of random weights so large that the picture matters, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return enlarge(kind(config), torch.Generator().manual_seed(seed))
+
+
 def save_safety_checker(folder):
     """diffusers' own class, with thresholds among the cosines that pictures get."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-    generator = torch.Generator().manual_seed(11)
     config = transformers.CLIPConfig(
         text_config=TEXT, vision_config=SIDES | {"image_size": 32, "patch_size": 8}, projection_dim=10
     )
-    checker = enlarge(StableDiffusionSafetyChecker(config), generator)
+    checker = build(StableDiffusionSafetyChecker, config, 11)
     with torch.no_grad():
-        checker.concept_embeds_weights.fill_(0.55)
+        checker.concept_embeds_weights.fill_(0.7)
         checker.special_care_embeds_weights.fill_(0.25)
     checker.save_pretrained(folder)
     return checker
@@ -38,7 +44,7 @@ def as_published(folder, target):
 
 def save_classifier(folder, labels=("normal", "nsfw")):
     config = transformers.ViTConfig(**SIDES, image_size=32, patch_size=8, id2label=dict(enumerate(labels)))
-    classifier = enlarge(transformers.ViTForImageClassification(config), torch.Generator().manual_seed(12))
+    classifier = build(transformers.ViTForImageClassification, config, 12)
     classifier.save_pretrained(folder)
     return classifier
 
@@ -47,7 +53,7 @@ def save_detector(folder):
     config = transformers.Owlv2Config(
         text_config=TEXT, vision_config=SIDES | {"image_size": 64, "patch_size": 16}, projection_dim=16
     )
-    detector = enlarge(transformers.Owlv2ForObjectDetection(config), torch.Generator().manual_seed(13))
+    detector = build(transformers.Owlv2ForObjectDetection, config, 13)
     detector.save_pretrained(folder)
     write_tokenizer(folder)
     return detector
@@ -57,7 +63,7 @@ def save_clip(folder):
     config = transformers.CLIPConfig(
         text_config=TEXT, vision_config=SIDES | {"image_size": 32, "patch_size": 8}, projection_dim=10
     )
-    clip = enlarge(transformers.CLIPModel(config), torch.Generator().manual_seed(14))
+    clip = build(transformers.CLIPModel, config, 14)
     clip.save_pretrained(folder)
     write_tokenizer(folder)
     return clip
