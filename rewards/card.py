@@ -1,8 +1,31 @@
-"""What a user should know about a reward before trusting it: where it comes from, its licence, usual scores."""
+"""What is worth knowing about a reward before using it: where it comes from, its licence, usual scores."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from rewards.optional import installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """What a reward needs instead of `Card.modules` when an option has a certain value.
+
+    Attributes:
+        option: name of the option.
+        value: the value that makes the difference.
+        modules: packages needed then, as imported.
+        programs: programs needed then, as called.
+        install: command that brings what is needed.
+    """
+
+    option: str
+    value: str
+    modules: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
+    install: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +38,7 @@ class Card:
         typical: scores that usual pictures get.
         extra: pip extra of `ddpo` that brings the packages needed; empty when none is.
         modules: the packages themselves, as imported.
+        alternatives: other needs under certain options; the first that applies replaces `modules`.
     """
 
     origin: str = ""
@@ -22,3 +46,20 @@ class Card:
     typical: str = ""
     extra: str = ""
     modules: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+
+    def missing(self, options: Mapping[str, object]) -> list[str]:
+        """Packages and programs that a reward with these options needs and that are not installed here."""
+        other = self._alternative(options)
+        if other is None:
+            return [module for module in self.modules if not installed(module)]
+        absent = [program for program in other.programs if shutil.which(program) is None]
+        return [module for module in other.modules if not installed(module)] + absent
+
+    def install(self, options: Mapping[str, object]) -> str:
+        """The command that brings what a reward with these options needs."""
+        other = self._alternative(options)
+        return other.install if other else f"pip install 'ddpo[{self.extra}]'" if self.extra else "pip install ddpo"
+
+    def _alternative(self, options: Mapping[str, object]) -> Alternative | None:
+        return next((other for other in self.alternatives if options.get(other.option) == other.value), None)

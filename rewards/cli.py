@@ -15,7 +15,6 @@ from torch import Tensor
 from rewards.base import Reward
 from rewards.card import Card
 from rewards.construct import Registration
-from rewards.optional import installed
 from rewards.registry import BUILT_IN, available, find, resolve
 from rewards.selftest import Report, selftest
 
@@ -35,6 +34,23 @@ def list_rewards(verbose: bool = False) -> str:
     else:
         listing = table(["name", "gradient", "range", "description"], [_row(name) for name, _ in entries])
     return f"{listing}\n\n{_YOUR_OWN}"
+
+
+def catalogue() -> str:
+    """The built-in rewards as a Markdown table, the same on every machine: the one in docs/rewards.md."""
+    header = ["name", "gradient", "range", "typical", "what it is", "needs", "licence", "origin"]
+    rows = [header, ["---"] * len(header), *(_markdown_row(find(name)) for name in sorted(BUILT_IN))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _markdown_row(noted: Registration) -> list[str]:
+    card = noted.card
+    programs = [f"or `{program}`" for other in card.alternatives for program in other.programs]
+    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *programs])
+    gradient = "yes" if noted.differentiable else ""
+    described = _describe(noted).rstrip(".")
+    cells = [f"`{noted.name}`", gradient, _format_range(noted.range), card.typical, described, needs, card.licence]
+    return [cell.replace("|", "\\|") for cell in (*cells, card.origin)]
 
 
 def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[str] | None = None) -> str:
@@ -204,7 +220,7 @@ def _paragraph(name: str, origin: str) -> str:
 
 def _format_extra(card: Card) -> str:
     """The pip extra, and whether what it brings is missing here."""
-    missing = [module for module in card.modules if not installed(module)]
+    missing = card.missing({})
     return card.extra + (f" (not installed: {', '.join(missing)})" if missing else "")
 
 

