@@ -135,7 +135,10 @@ def _train(session: Session) -> Path:
     if state.epoch == 0:
         _evaluate(session, evaluations)
     out_of_time = stopped = False
-    with Scorer(state.reward, group_size=session.plan.group_size) as scorer, session.progress.epochs(state.epoch, config.epochs) as bar:
+    with (
+        Scorer(state.reward, group_size=session.plan.group_size) as scorer,
+        session.progress.epochs(state.epoch, config.epochs) as bar,
+    ):
         for _ in bar:
             if out_of_time or stopped:
                 break
@@ -215,9 +218,7 @@ def _judge(session: Session, folder: Path) -> list[Finding]:
     for finding in caught:
         session.progress.line(f"WARNING: over-optimisation at epoch {state.epoch}: {finding}")
     measured = {f"eval/{finding.reward}/z_since_best": finding.heldout_z for finding in findings}
-    session.tracker.log(
-        scalars({**measured, "eval/overoptimised": float(state.overoptimised)}), step=state.epoch
-    )
+    session.tracker.log(scalars({**measured, "eval/overoptimised": float(state.overoptimised)}), step=state.epoch)
     if options.stop_on_overoptimisation:
         keep_best(session.run.path, history, signs, state.export)
     return findings

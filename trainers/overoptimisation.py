@@ -88,9 +88,7 @@ def find(history: Mapping[int, Values], signs: Mapping[str, int], *, threshold: 
         fall = sign * paired_z(newest[name], history[best][name])
         rise = paired_z(newest[TRAINING], history[best][TRAINING])
         caught = fall < -threshold and rise > threshold
-        findings.append(
-            Finding(reward=name, since=best, heldout_z=fall, training_z=rise, over_optimised=caught)
-        )
+        findings.append(Finding(reward=name, since=best, heldout_z=fall, training_z=rise, over_optimised=caught))
     return findings
 
 
@@ -163,8 +161,10 @@ def save_record(folder: Path, epoch: int, summary: Mapping[str, Measure], findin
     (folder / f"epoch_{epoch:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def keep_best(run: Path, history: Mapping[int, Values], signs: Mapping[str, int], export: Callable[[Path], None]) -> None:
-    """Exports the present weights to `best/epoch_<n>`, in place of earlier ones, if the newest evaluation is the best."""
+def keep_best(
+    run: Path, history: Mapping[int, Values], signs: Mapping[str, int], export: Callable[[Path], None]
+) -> None:
+    """Exports the present weights to `best/epoch_<n>`, instead of earlier ones, if the newest evaluation is best."""
     newest = list(history)[-1]
     if best_epoch(history, signs) != newest:
         return

@@ -127,7 +127,9 @@ def test_a_component_can_be_bounded_and_an_unknown_one_is_refused(model: Path, t
         if fine:
             assert "constraint/both/half/mean" in read_metrics(start(config, *options))[0]
         else:
-            with pytest.raises(ValueError, match="no reward or component 'both/third'; this run reports both, both/half"):
+            with pytest.raises(
+                ValueError, match="no reward or component 'both/third'; this run reports both, both/half"
+            ):
                 start(config, *options)
 
 

@@ -79,7 +79,9 @@ def test_a_held_out_reward_of_negative_weight_is_to_fall():
 def test_the_best_evaluation_weighs_held_out_rewards_by_their_spread():
     history = course([0, 1, 2], [0, 1, 0.5])
     for epoch, values in history.items():
-        values["heldout/large"] = 1000 * (values["heldout/h"] - {0: 0, 10: 1, 20: 0.5}[epoch] - {0: 0, 10: 0, 20: 0.4}[epoch])
+        values["heldout/large"] = 1000 * (
+            values["heldout/h"] - {0: 0, 10: 1, 20: 0.5}[epoch] - {0: 0, 10: 0, 20: 0.4}[epoch]
+        )
     assert best_epoch(history, {"heldout/h": 1, "heldout/large": 1}) == 10
     assert best_epoch(history, SIGNS, among=[0, 20]) == 20
 
@@ -119,6 +121,7 @@ def test_a_run_whose_held_out_reward_is_the_opposite_warns_stops_and_exports_the
     heights = {record["epoch"]: record["measures"]["heldout/darkness"]["mean"] for record in records}
     best = max(heights, key=heights.__getitem__)
     kept, exported = (
-        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (run / "best" / f"epoch_{best:06d}", run / "lora")
+        load_file(folder / "pytorch_lora_weights.safetensors")
+        for folder in (run / "best" / f"epoch_{best:06d}", run / "lora")
     )
     assert kept.keys() == exported.keys() and all(torch.equal(kept[name], exported[name]) for name in kept)
