@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
 from ddpo import LoraConfig, Policy, SamplerConfig
-from rewards import Reward, RewardTerm, WeightedSum
+from rewards import Reward, RewardTerm, WeightedSum, resolve
 from tests.tiny import tiny_stable_diffusion
 from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.loop import train
@@ -96,7 +96,8 @@ def test_a_run_whose_held_out_reward_is_the_opposite_warns_stops_and_exports_the
 ) -> None:
     sampler = SamplerConfig(num_steps=2, guidance_scale=1.0)
     policy = Policy(tiny_stable_diffusion(), sampler=sampler, adapter=LoraConfig(rank=2))
-    darkness = Reward(name="darkness", function=lambda x, p, m: -x.mean((1, 2, 3)))
+    brightness = resolve("brightness")
+    darkness = Reward(name="darkness", function=lambda x, p, m: -brightness(x, p, m).total)
     config = Config(
         epochs=12,
         optimizer=OptimizerConfig(learning_rate=2e-2),
@@ -114,7 +115,7 @@ def test_a_run_whose_held_out_reward_is_the_opposite_warns_stops_and_exports_the
     output = capsys.readouterr()
     assert "WARNING: over-optimisation at epoch" in output.out + output.err
     rows, epochs = read_metrics(run), evaluation_epochs(run / "evaluations")
-    assert len(rows) < 12 and rows[-1]["evaluation/overoptimised"] == 1
+    assert 2 <= len(rows) < 12 and rows[-1]["evaluation/overoptimised"] == 1
     records = [json.loads((run / "evaluations" / f"epoch_{epoch:06d}.json").read_text()) for epoch in epochs]
     assert [record["heldout"][0]["over_optimised"] for record in records[-2:]] == [True, True]
     heights = {record["epoch"]: record["measures"]["heldout/darkness"]["mean"] for record in records}
