@@ -7,8 +7,8 @@ function is (Rockafellar 1973; Nocedal & Wright, Numerical Optimization, 2nd ed.
     grad L           = grad E[r] - sum_i m_i grad c_i,        m_i = max(0, lambda_i + rho_i c_i)
     lambda_i        <- max(0, lambda_i + eta_i c_i)           (the method of multipliers has eta = rho)
 
-so that a policy gradient of the reward r + m_i s_i (for >=) or r - m_i s_i (for <=) ascends L, and at a fixed point the
-conditions of Karush, Kuhn and Tucker hold: c_i <= 0, lambda_i >= 0, lambda_i c_i = 0, grad E[r] = sum lambda_i grad c_i.
+so that a policy gradient of the reward r + m_i s_i (for >=) or r - m_i s_i (for <=) ascends L. A fixed point meets the
+conditions of Karush, Kuhn and Tucker: c_i <= 0, lambda_i >= 0, lambda_i c_i = 0, grad E[r] = sum_i lambda_i grad c_i.
 
 The method of multipliers maximises over theta before each update of lambda; here lambda follows after every epoch, on
 the epoch's mean, as in dual ascent. The quadratic term damps the oscillation that dual ascent alone has. Both m and the
@@ -64,7 +64,7 @@ class Constraint:
 
     @property
     def step(self) -> float:
-        """eta."""
+        """The rate eta of the multiplier."""
         return self.penalty if self.rate is None else self.rate
 
     @property
@@ -95,7 +95,7 @@ class Multipliers:
         return KL_NAME in self.constraints
 
     def weights(self, means: Mapping[str, float]) -> dict[str, float]:
-        """m of every constraint at the present means: the weight that a score gets, without its sign."""
+        """Weights m of the constraints at the present means: what a score gets, without its sign."""
         return {
             name: max(0.0, self.values[name] + constraint.penalty * constraint.violation(means[name]))
             for name, constraint in self.constraints.items()

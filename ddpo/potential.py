@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def held_potential(values: Mapping[int, Tensor], num_steps: int) -> Tensor:
-    """phi before each action, (B, T), from the steps at which it was measured; 0 before the first of them.
+    """Potential before each action, (B, T), from the steps at which it was measured; 0 before the first of them.
 
     Args:
         values: Step k in [0, T) to phi(x_k), (B,).
@@ -42,13 +42,13 @@ def held_potential(values: Mapping[int, Tensor], num_steps: int) -> Tensor:
 
 
 def shaping_rewards(potential: Tensor) -> Tensor:
-    """F_k = phi(x_{k+1}) - phi(x_k) with phi(x_T) = 0, (B, T), from phi before each action, (B, T)."""
+    """Per-step rewards F_k = phi(x_{k+1}) - phi(x_k) with phi(x_T) = 0, (B, T), from phi before each action, (B, T)."""
     after = torch.cat([potential[:, 1:], torch.zeros_like(potential[:, :1])], dim=1)
     return after - potential
 
 
 def returns_to_go(rewards: Tensor) -> Tensor:
-    """sum_{j >= k} of per-step rewards, (B, T)."""
+    """Sums over j >= k of per-step rewards, (B, T)."""
     return rewards.flip(1).cumsum(1).flip(1)
 
 

@@ -212,7 +212,8 @@ def group_rows(prompts: Sequence[str], groups: Sequence[int] | None) -> list[lis
     if groups is not None and len(groups) != len(prompts):
         raise ValueError(f"groups must have one id for each of the {len(prompts)} images, got {len(groups)}")
     rows: dict[str | int, list[int]] = {}
-    for b, key in enumerate(prompts if groups is None else groups):
+    ids: Sequence[str | int] = prompts if groups is None else groups
+    for b, key in enumerate(ids):
         rows.setdefault(key, []).append(b)
     return list(rows.values())
 

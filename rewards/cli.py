@@ -91,7 +91,9 @@ def _score_group(reward: Reward, paths: Sequence[Path], prompts: Sequence[str]) 
     sizes = sorted({(image.shape[3], image.shape[2]) for image in images})
     if len(sizes) > 1:
         listed = " and ".join(f"{width} x {height}" for width, height in sizes[:2])
-        raise ValueError(f"reward {reward.name!r} compares images with each other; they must be of one size, got {listed}")
+        raise ValueError(
+            f"reward {reward.name!r} compares images with each other; they must be of one size, got {listed}"
+        )
     scores = reward(torch.cat(images), prompts, [{}] * len(prompts))
     columns = torch.stack([scores.total, *scores.components.values()])
     return list(scores.components), columns.T.tolist()

@@ -173,9 +173,7 @@ class WeightedSum:
 
     def weights(self) -> dict[str, float]:
         """The weight of each reward at the present epoch, before normalisation."""
-        return {
-            reward.name: term.weight_at(self.epoch) for term, reward in zip(self.terms, self.rewards, strict=True)
-        }
+        return {reward.name: term.weight_at(self.epoch) for term, reward in zip(self.terms, self.rewards, strict=True)}
 
     def scale(self, name: str) -> float:
         """What scores of the reward `name` are divided by at the moment; 1 without normalisation."""

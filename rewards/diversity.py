@@ -102,6 +102,6 @@ def _embedding(name: str, device: torch.device) -> Embedding:
         return ImageNetClass(device=device).features
     if ":" not in name:
         raise ValueError(
-            f"reward 'diversity': embedding must be colour, imagenet, or your own function as file.py:name, got {name!r}"
+            f"reward 'diversity': embedding must be colour, imagenet, or your own as file.py:name, got {name!r}"
         )
     return cast(Embedding, load_named(name))

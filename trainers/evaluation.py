@@ -216,9 +216,7 @@ class Evaluator:
             values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
-    def _sample(
-        self, policy: Policy, indices: range, *, ode: bool
-    ) -> tuple[Tensor, Condition, dict[str, Tensor]]:
+    def _sample(self, policy: Policy, indices: range, *, ode: bool) -> tuple[Tensor, Condition, dict[str, Tensor]]:
         """Images of some of the set, what they were conditioned on, and their path KL where it was measured."""
         with policy.noise_free() if ode else nullcontext():
             with_kl = bool(policy.schedule.stochastic_steps)

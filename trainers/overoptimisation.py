@@ -92,13 +92,12 @@ def find(history: Mapping[int, Values], signs: Mapping[str, int], *, threshold: 
     return findings
 
 
-def best_epoch(history: Mapping[int, Values], signs: Mapping[str, int], among: Sequence[int] | None = None) -> int:
+def best_epoch(history: Mapping[int, Values], signs: Mapping[str, int]) -> int:
     """The epoch of the best evaluation by the held-out rewards; the earliest of equals.
 
     Args:
         history: As for `find`.
         signs: As for `find`.
-        among: Epochs to choose from; None for all.
     """
     start = history[next(iter(history))]
 
@@ -109,7 +108,7 @@ def best_epoch(history: Mapping[int, Values], signs: Mapping[str, int], among: S
             total += sign * float((history[epoch][name] - start[name]).double().mean()) / spread
         return total
 
-    return max(history if among is None else among, key=height)
+    return max(history, key=height)
 
 
 def heldout_signs(heldout: WeightedSum) -> dict[str, int]:

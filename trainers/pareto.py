@@ -2,8 +2,9 @@
 
 A point is an evaluation: the means of two measures over its fixed prompts. One point dominates another if it is at
 least as high in both and higher in one (`kl (nats)` is to be small, all others large). The front is made of the runs'
-last evaluations and the pretrained model, which is the first evaluation of each; means are estimates, and points closer
-than their standard errors dominate each other by chance.
+last evaluations and the pretrained model, which is the first evaluation of each. Runs are compared on the same prompts
+and seeds; the error of a point is that of its paired change since the start, image by image, so that what is common to
+all runs does not count. Points closer than their errors dominate each other by chance.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from rewards.cli import table
 from trainers.checkpoint import latest_checkpoint
@@ -34,8 +36,8 @@ class Point:
 
     Attributes:
         epoch: Finished epochs.
-        x: The first measure.
-        y: The second measure.
+        x: The first measure: its mean, and the standard error of its paired change since the first evaluation.
+        y: The second measure, likewise.
     """
 
     epoch: int
@@ -61,7 +63,7 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     values = np.asarray(points, dtype=np.float64)
     at_least = (values[:, None] >= values[None]).all(-1)
     higher = (values[:, None] > values[None]).any(-1)
-    return ~(at_least & higher).any(axis=0)
+    return np.logical_not((at_least & higher).any(axis=0))
 
 
 def read_course(run: Path, x: str, y: str) -> Course:
@@ -72,13 +74,18 @@ def read_course(run: Path, x: str, y: str) -> Course:
     """
     folder = RunFolder.open(run)
     evaluations = folder.path / "evaluations"
-    points = []
+    points: list[Point] = []
+    start: dict[str, Tensor] = {}
     for epoch in evaluation_epochs(evaluations):
         values = read_values(evaluations, epoch)
+        start = start or values
         unknown = [name for name in (x, y) if name not in values]
         if unknown:
             raise RunError(f"{run} has no measure {unknown[0]!r}; it has {', '.join(sorted(values))}")
-        points.append(Point(epoch=epoch, x=Measure.of(values[x]), y=Measure.of(values[y])))
+        means = [Measure.of(values[name]).mean for name in (x, y)]
+        errors = [Measure.of(values[name] - start[name]).error for name in (x, y)]
+        at, up = (Measure(mean=mean, error=error) for mean, error in zip(means, errors, strict=True))
+        points.append(Point(epoch=epoch, x=at, y=up))
     if not points:
         raise RunError(f"{run} has no evaluation yet")
     return Course(run=folder.name, points=tuple(points))
@@ -138,7 +145,7 @@ def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> 
         [name, str(point.epoch), str(point.x), str(point.y), "front" if is_on else ""]
         for name, point, is_on in zip(names, points, front, strict=True)
     ]
-    return f"{table(['run', 'epoch', x, y, ''], rows)}\n\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
+    return f"{table(['run', 'epoch', x, y, ''], rows)}\n{_comparability(courses)}\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
 
 
 def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
@@ -206,6 +213,16 @@ def _launch(arguments: Sequence[str], name: str) -> None:
     status = subprocess.run([sys.executable, "-m", "trainers", "train", *arguments], check=False).returncode
     if status != 0:
         raise ValueError(f"the run {name} ended with status {status}; the same command goes on with it once mended")
+
+
+def _comparability(courses: Sequence[Course]) -> str:
+    """A warning where runs did not start from the same measurement; empty where they did."""
+    starts = [(course.points[0].x.mean, course.points[0].y.mean) for course in courses]
+    if np.allclose(starts, starts[0], rtol=1e-5):
+        return ""
+    return (
+        "\nWARNING: the runs' first evaluations differ: other models, prompts, seeds or samplers; do not compare them\n"
+    )
 
 
 def _reported(spec: str) -> str:

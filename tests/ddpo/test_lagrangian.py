@@ -58,7 +58,9 @@ def test_a_convex_programme_is_solved_as_by_scipy_with_its_multipliers():
     np.testing.assert_allclose(x, oracle.x, atol=1e-5)
     gradient = np.array([-2 * (x[0] - 3) + x[1] / 4, -2 * (x[1] - 2) + x[0] / 4])
     normals = np.array([[1.0, 1.0], [2 * x[0], 0.0]]).T
-    np.testing.assert_allclose([multipliers["sum"], multipliers["square"]], np.linalg.solve(normals, gradient), atol=1e-4)
+    np.testing.assert_allclose(
+        [multipliers["sum"], multipliers["square"]], np.linalg.solve(normals, gradient), atol=1e-4
+    )
     assert multipliers["free"] == 0.0
 
 
@@ -92,7 +94,7 @@ def test_a_policy_gradient_on_noisy_means_finds_the_constrained_optimum_and_its_
 
 
 def test_the_multiplier_of_a_bound_on_the_path_kl_is_the_alpha_that_attains_it():
-    """Denoising Gaussian data: the best policy and its path KL are known for every alpha (a linear-quadratic problem)."""
+    """Denoising Gaussian data: the best policy and its path KL are known for every alpha."""
     sampler = SamplerConfig(kind="ddim", num_steps=4, eta=1.0, guidance_scale=1.0)
     one = torch.ones(1, dtype=torch.float64)
     problem = ToyProblem(

@@ -79,4 +79,4 @@ def test_the_gradient_with_shaping_is_unbiased_and_a_good_potential_lowers_its_v
         assert ((per_sample.mean(0) - 1).abs() < 4.5 * error).all(), name
         spread[name] = per_sample.std(0)
     assert (spread["good"][1:] < torch.tensor([0.9, 0.75]) * spread["plain"][1:]).all()
-    assert (spread["bad"] > spread["plain"]).all()
+    assert (spread["bad"][1:] > spread["plain"][1:]).all()

@@ -161,7 +161,11 @@ def test_the_win_rate_of_a_judge_that_knows_the_order_is_the_rank_and_favour_for
 
 
 def test_mean_of_others_ignores_the_diagonal():
-    assert mean_of_others(torch.tensor([[99.0, 1.0, 0.0], [0.0, 99.0, 1.0], [1.0, 1.0, 99.0]])).tolist() == [0.5, 0.5, 1]
+    assert mean_of_others(torch.tensor([[99.0, 1.0, 0.0], [0.0, 99.0, 1.0], [1.0, 1.0, 99.0]])).tolist() == [
+        0.5,
+        0.5,
+        1,
+    ]
 
 
 def test_a_sum_with_a_groupwise_term_says_so_and_scores_by_group():

@@ -74,7 +74,9 @@ def test_components_stay_raw_and_gradients_pass_through_a_zscore(images, prompts
     reward.update({"brightness": raw}, prompts)
     again = reward(images, prompts, metadata)
     assert torch.equal(again.components["brightness"], raw)
-    np.testing.assert_allclose(again.total.numpy(), 2 * (raw - raw.mean()) / raw.std(correction=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        again.total.numpy(), 2 * (raw - raw.mean()) / raw.std(correction=0), rtol=1e-4, atol=1e-4
+    )
     pixels = images.clone().requires_grad_()
     reward.differentiable_score(pixels, prompts, metadata).total.sum().backward()
     slope = 2 * 0.587 / 256 / float(raw.double().std(correction=0))

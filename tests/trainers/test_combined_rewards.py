@@ -45,9 +45,16 @@ def start(config: Path, *overrides: str) -> Path:
     return train_from_config(loaded, config_yaml=to_yaml(loaded, full=True))
 
 
-def test_constraints_statistics_and_weights_resume_bit_exactly(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs with everything."""
+    return start(
+        write_config(tmp_path_factory.mktemp("whole"), model, extra=EVERYTHING), "--run.name", "whole", *REWARDS
+    )
+
+
+def test_constraints_statistics_and_weights_resume_bit_exactly(whole: Path, model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model, extra=EVERYTHING)
-    whole = start(config, "--run.name", "whole", *REWARDS)
     parts = start(config, "--run.name", "parts", "--epochs", "1", *REWARDS)
     resume(parts, ["--epochs", "3"])
     groups = ("weights", "optimizer", "ema")
@@ -60,9 +67,8 @@ def test_constraints_statistics_and_weights_resume_bit_exactly(model: Path, tmp_
     assert set(values[0]["reward"]["brightness"]["prompts"]) <= {"a cat", "a dog", "a bird", "a fish", "a horse"}
 
 
-def test_the_multipliers_follow_the_logged_means_by_hand(model: Path, tmp_path: Path) -> None:
-    run = start(write_config(tmp_path, model, extra=EVERYTHING), *REWARDS)
-    rows = read_metrics(run)
+def test_the_multipliers_follow_the_logged_means_by_hand(whole: Path) -> None:
+    rows = read_metrics(whole)
     red, kl = 0.0, 0.0
     for row in rows:
         assert row["constraint/redness/multiplier"] == pytest.approx(red, abs=1e-9)
@@ -102,7 +108,14 @@ def test_two_processes_agree_with_one_on_groups_statistics_and_multipliers(model
         run = tmp_path / "runs" / f"p{count}"
         values.append(json.loads((latest_checkpoint(run) / "values.json").read_text()))
         rows.append(reproducible(run)[0])
-    for key in ("reward/mean", "reward/diversity", "reward/redness", "constraint/kl/mean", "constraint/redness/weight"):
+    keys = (
+        "reward/brightness",
+        "reward/diversity",
+        "reward/redness",
+        "constraint/kl/mean",
+        "constraint/redness/weight",
+    )
+    for key in keys:
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3, abs=1e-6), key
     for name, multiplier in values[0]["multipliers"].items():
         assert values[1]["multipliers"][name] == pytest.approx(multiplier, rel=2e-2, abs=1e-5)
@@ -127,7 +140,9 @@ def test_a_component_can_be_bounded_and_an_unknown_one_is_refused(model: Path, t
         if fine:
             assert "constraint/both/half/mean" in read_metrics(start(config, *options))[0]
         else:
-            with pytest.raises(ValueError, match="no reward or component 'both/third'; this run reports both, both/half"):
+            with pytest.raises(
+                ValueError, match="no reward or component 'both/third'; this run reports both, both/half"
+            ):
                 start(config, *options)
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import write_config
 from trainers.cli import main
 from trainers.evaluation import Evaluation
-from trainers.pareto import default_measures, non_dominated, report
+from trainers.pareto import default_measures, non_dominated, read_course, report
 from trainers.run import RunError, RunFolder
 
 CONFIG = "rewards: [{name: brightness}, {name: 'my.py:redness'}]\n"
@@ -51,10 +52,21 @@ def test_the_report_marks_the_front_and_writes_figure_and_numbers(tmp_path: Path
     assert (record["x"], record["y"]) == ("brightness", "redness")
     assert [point["epoch"] for point in record["runs"]["right"]] == [0, 1, 2]
     assert record["runs"]["right"][2]["x"]["mean"] == pytest.approx(0.9)
-    assert record["runs"]["right"][2]["x"]["error"] == pytest.approx(0.1, rel=1e-5)
+    assert record["runs"]["right"][2]["x"]["error"] == pytest.approx(0.0, abs=1e-6), "every image changed alike"
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert lines["left"].endswith("front") and not lines["worse"].endswith("front")
     assert (tmp_path / "figures" / "front.png").stat().st_size > 10_000
+
+
+def test_errors_are_of_the_paired_change_and_runs_of_other_evaluations_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "one", (0.5, 0.5), (0.6, 0.6))
+    file = run / "evaluations" / "epoch_000001.safetensors"
+    tensors = load_file(file)
+    tensors["value.brightness"] = torch.tensor([0.4, 1.0])  # changes of 0 and 0.4
+    save_file(tensors, file)
+    assert read_course(run, "brightness", "redness").points[1].x.error == pytest.approx(0.2, rel=1e-5)
+    other = write_run(tmp_path, "other", (0.7, 0.5), (0.8, 0.6))
+    assert "first evaluations differ" in report([run, other], x=None, y=None, out=tmp_path / "front.png")
 
 
 def test_kl_counts_as_better_when_it_is_small(tmp_path: Path) -> None:
