@@ -145,7 +145,8 @@ def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> 
         [name, str(point.epoch), str(point.x), str(point.y), "front" if is_on else ""]
         for name, point, is_on in zip(names, points, front, strict=True)
     ]
-    return f"{table(['run', 'epoch', x, y, ''], rows)}\n{_comparability(courses)}\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
+    shown = table(["run", "epoch", x, y, ""], rows)
+    return f"{shown}\n{_comparability(courses)}\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
 
 
 def draw(courses: Sequence[Course], x: str, y: str) -> Figure:

@@ -51,7 +51,7 @@ def check_rewards(config: Config) -> None:
                 raise ConfigError(f"{group}.{i}.name: {error}") from error
     for term in config.terms[len(config.rewards) :]:
         try:
-            find(term.name)
+            check_requirements(term.name, term.options)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"constraints: {error}") from error
 
