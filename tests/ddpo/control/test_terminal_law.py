@@ -15,7 +15,7 @@ COV = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
 
 
 def schedule_of(kind: str, eta: float, num_steps: int, *, flow: bool, top: float = 1.0) -> Schedule:
-    """Equal steps of sigma from `top` to 0 for flow matching, of the angle (a, s) = (cos, sin) for VP."""
+    """Equal steps of sigma from `top` to 0 for flow matching, of the angle, (a, s) = (cos, sin), from pi/2 for VP."""
     level = torch.linspace(top, 0, num_steps + 1, dtype=torch.float64)
     a, s = (1 - level, level) if flow else (torch.cos(level * math.pi / 2), torch.sin(level * math.pi / 2))
     grid = Grid(a=a[:-1], s=s[:-1], a_next=a[1:], s_next=s[1:])
