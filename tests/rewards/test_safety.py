@@ -10,13 +10,14 @@ from PIL import Image
 from torch.nn import functional
 
 from rewards import resolve
-from rewards.preprocessing import encode_uint8
+from rewards.preprocessing import Preprocessing, encode_uint8
 from rewards.samples import sample
 from rewards.selftest import check
 from tests.rewards.tiny_catalogue import as_published, save_classifier, save_safety_checker
 
 transformers = pytest.importorskip("transformers")
 COUNT = 24
+CLIP_32 = Preprocessing(size=(32, 32), offset="floor")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def checker(tmp_path_factory):
+def checker(tmp_path_factory, pictures):
     folder = tmp_path_factory.mktemp("safety")
-    return folder, save_safety_checker(folder)
+    return folder, save_safety_checker(folder, CLIP_32(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,10 @@ def test_the_decision_is_that_of_diffusers_safety_checker(checker, pictures):
     pixels = torch.as_tensor(np.stack([np.asarray(process(image)["pixel_values"][0]) for image in pil(pictures)]))
     _, flagged = theirs(pixels, np.zeros((COUNT, 2, 2, 3)))
     scores = score(safety(folder), pictures)
-    is_clear = scores.components["margin"].abs() > 0.01  # 8-bit resizing moves cosines by less
+    is_clear = scores.components["margin"].abs() > 0.005  # 8-bit resizing moves cosines by less
     expected = 1 - torch.tensor(flagged).float()
     assert torch.equal(scores.total[is_clear], expected[is_clear])
-    assert set(expected[is_clear].tolist()) == {0.0, 1.0} and is_clear.sum() > COUNT / 2
+    assert set(expected[is_clear].tolist()) == {0.0, 1.0} and is_clear.sum() > COUNT / 3
 
 
 @pytest.mark.parametrize("special", [-1.0, 2.0])

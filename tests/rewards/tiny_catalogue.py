@@ -3,6 +3,7 @@
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from tests.rewards.tiny_transformers import enlarge, write_tokenizer
 
@@ -17,8 +18,8 @@ def build(kind, config, seed):
         return enlarge(kind(config), torch.Generator().manual_seed(seed))
 
 
-def save_safety_checker(folder):
-    """diffusers' own class, with thresholds among the cosines that pictures get."""
+def save_safety_checker(folder, pixels):
+    """diffusers' own class, with thresholds such that about half of the given inputs come close to something."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     config = transformers.CLIPConfig(
@@ -26,8 +27,13 @@ def save_safety_checker(folder):
     )
     checker = build(StableDiffusionSafetyChecker, config, 11)
     with torch.no_grad():
-        checker.concept_embeds_weights.fill_(0.7)
-        checker.special_care_embeds_weights.fill_(0.25)
+        embeddings = checker.visual_projection(checker.vision_model(pixels)[1])
+        for concepts, thresholds in (
+            (checker.concept_embeds, checker.concept_embeds_weights),
+            (checker.special_care_embeds, checker.special_care_embeds_weights),
+        ):
+            cosines = functional.cosine_similarity(embeddings[:, None], concepts[None], dim=2)
+            thresholds.fill_(float(cosines.amax(dim=1).median()))
     checker.save_pretrained(folder)
     return checker
 
