@@ -51,7 +51,8 @@ class Evaluation:
 
     Attributes:
         values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)`, `diversity` (per
-            prompt, repeated; `pixel_diversity` beside a reward of that name), the same noise-free under `ode/...`; each (E,) float32.
+            prompt, repeated; `pixel_diversity` beside a reward of that name), the same noise-free under `ode/...`;
+            each (E,) float32.
         images: The images with noise, (E, 3, H, W) uint8.
         prompts: E texts.
     """
