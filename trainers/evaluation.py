@@ -53,7 +53,8 @@ class Evaluation:
 
     Attributes:
         values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)` (where sampling has
-            noise), `diversity` (per prompt, repeated), the same noise-free under `ode/...`; each (E,) float32.
+            noise), `diversity` (per prompt, repeated; `pixel_diversity` beside a reward of that name), the same
+            noise-free under `ode/...`; each (E,) float32.
         images: The images, by the evaluation's sampler, (E, 3, H, W) uint8.
         prompts: E texts.
     """
@@ -213,7 +214,8 @@ class Evaluator:
         values = _joined(everyones)
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
-            values["diversity"] = diversity(images.float() / 255, self._config.images_per_prompt)
+            name = "pixel_diversity" if "diversity" in values else "diversity"  # a reward may be called so
+            values[name] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
     def _sample(self, policy: Policy, indices: range, *, ode: bool) -> tuple[Tensor, Condition, dict[str, Tensor]]:

@@ -145,8 +145,8 @@ def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> 
         [name, str(point.epoch), str(point.x), str(point.y), "front" if is_on else ""]
         for name, point, is_on in zip(names, points, front, strict=True)
     ]
-    shown = table(["run", "epoch", x, y, ""], rows)
-    return f"{shown}\n{_comparability(courses)}\npicture: {out}\nnumbers: {out.with_suffix('.json')}"
+    where = f"picture: {out}\nnumbers: {out.with_suffix('.json')}"
+    return f"{table(['run', 'epoch', x, y, ''], rows)}\n{_comparability(courses)}\n{where}"
 
 
 def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
@@ -159,8 +159,18 @@ def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
         axes.plot(along, up, "-", color=colour, linewidth=1, alpha=0.6)
         axes.plot(along[1:-1], up[1:-1], "o", color=colour, markersize=3, alpha=0.6)
         last = course.points[-1]
-        axes.errorbar(last.x.mean, last.y.mean, xerr=last.x.error, yerr=last.y.error, fmt="s", color=colour,
-                      markersize=5, elinewidth=1, capsize=2, label=course.run)  # fmt: skip
+        axes.errorbar(
+            last.x.mean,
+            last.y.mean,
+            xerr=last.x.error,
+            yerr=last.y.error,
+            fmt="s",
+            color=colour,
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+            label=course.run,
+        )
     _, points, front = compare(courses, x, y)
     start = points[0]
     axes.plot(start.x.mean, start.y.mean, "*", color="black", markersize=11, label="pretrained", zorder=5)

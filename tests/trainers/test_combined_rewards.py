@@ -94,6 +94,8 @@ def test_a_group_that_is_spread_over_sample_batches_scores_as_in_one(model: Path
     assert one["reward/diversity"] == pytest.approx(two["reward/diversity"], rel=1e-3)
     assert one["reward/diversity/group"] == pytest.approx(one["reward/diversity"], rel=1e-5)
     torch.testing.assert_close(first["value.diversity/group"], second["value.diversity/group"], rtol=1e-3, atol=1e-6)
+    assert torch.equal(first["value.reward"], first["value.diversity"]), "the evaluation's own measure is another one"
+    assert "value.pixel_diversity" in first
     groups = first["value.diversity/group"].view(2, 5)
     assert (groups == groups[:, :1]).all(), "one diversity for each prompt of the evaluation"
 
