@@ -187,12 +187,13 @@ def check_flow() -> Iterator[Measurement]:
     for kind, (formula, source) in FLOW.items():
         errors = []
         for eta in ETAS:
-
-            def published(k: int, x: Tensor, output: Tensor, formula: Published = formula, eta: float = eta) -> Step:
-                return formula(x, output, scheduler.sigmas[k], scheduler.sigmas[k + 1], eta)
-
+            published = partial(_flow_step, formula, scheduler.sigmas, eta)
             errors.append(largest_errors(schedule_of(scheduler, kind, eta), published, range(1, 27), "flow"))
         yield from rows(kind if kind != "ode" else "ode (flow)", source, errors, where="all but first, last")
+
+
+def _flow_step(formula: Published, sigmas: Tensor, eta: float, k: int, x: Tensor, output: Tensor) -> Step:
+    return formula(x, output, sigmas[k], sigmas[k + 1], eta)
 
 
 def check_ends() -> Iterator[Measurement]:
@@ -208,17 +209,14 @@ def check_ends() -> Iterator[Measurement]:
         first.append(((ours.mean - mean).abs().max(), (ours.std - w * (-dt).sqrt()).abs().max()))
     yield from rows("flow_sde, sigma = 1", "Flow-GRPO's code", first, where="first step")
     for kind in ("dance_sde", "cps"):
-        formula = FLOW[kind][0]
+        formula, source = FLOW[kind]
         errors = [
             largest_errors(
-                schedule_of(scheduler, kind, eta),
-                lambda k, x, v, formula=formula, eta=eta: formula(x, v, sigmas[0], sigmas[1], eta),
-                range(1),
-                "flow",
+                schedule_of(scheduler, kind, eta), partial(_flow_step, formula, sigmas, eta), range(1), "flow"
             )
             for eta in ETAS
         ]
-        yield from rows(f"{kind}, sigma = 1", FLOW[kind][1], errors, where="first step")
+        yield from rows(f"{kind}, sigma = 1", source, errors, where="first step")
     last = []
     for kind in (*FLOW_ONLY, "ode"):
         ours = transition(schedule_of(scheduler, kind, 0.7), 27, x, v, kind="flow")
