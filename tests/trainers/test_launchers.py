@@ -14,7 +14,7 @@ import yaml
 
 from tests.trainers.loop_helpers import ROOT, environment, reproducible, weights
 from tests.trainers.parity_of_strategies import SETTINGS, compare, initial, prepare, run
-from tests.trainers.world import command, free_port, in_processes
+from tests.trainers.world import free_port
 
 SCRIPTS = ROOT / "scripts"
 
@@ -48,10 +48,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_torchrun_agents_meet_and_train_as_one_process(config: Path) -> None:
-    options = ["--epochs", "2", "--evaluation.num_prompts", "1", "--evaluation.every_epochs", "0"]
     script, port = str(SCRIPTS / "torchrun_node.sh"), free_port()
     settings = {**environment(), "NODES": "2", "PER_NODE": "1", "PYTHON": sys.executable}
-    line = ["bash", script, f"127.0.0.1:{port}", "train", str(config), "--run.name", "nodes", *options]
+    line = ["bash", script, f"127.0.0.1:{port}", "train", str(config), "--run.name", "nodes", *SETTINGS]
     agents = [
         subprocess.Popen(line, env=settings, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
@@ -59,10 +58,7 @@ def test_two_torchrun_agents_meet_and_train_as_one_process(config: Path) -> None
     printed = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)[-3000:]
     assert "processes     2" in "".join(printed)
-    one = config.parent / "runs" / "one"
-    assert in_processes(command, ["train", str(config), "--run.name", "one", *options], log=config.parent / "one") == [
-        0
-    ]
+    one = run(config, "one")
     parity = compare(one, config.parent / "runs" / "nodes", initial(config, "lora"))
     assert parity.logged < 1e-3
     assert parity.weights < 1e-2
