@@ -176,8 +176,10 @@ def launch(
         command = [sys.executable, "-m", "trainers", "rewards", "serve", *specs, *arguments, "--device", device]
         command += ["--max-body-mb", str(_MAX_BODY_MB)]
         # In a session of its own: Ctrl-C is for the training process, which ends this one when it is done with it.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        children.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        children.append(child)
     deadline = time.monotonic() + options.start_timeout
     try:
         announced = [
