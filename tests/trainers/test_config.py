@@ -281,7 +281,8 @@ def test_resuming_may_change_lengths_checkpoints_and_tracking_only(tmp_path):
     message = str(caught.value)
     assert "optimizer.learning_rate (saved null, now 0.001)" in message
     assert "adapter.kind (saved 'lora', now 'full')" in message
-    assert "on resume only epochs, max_minutes, checkpoints.*, tracking.*, distributed.* may change" in message
+    allowed = "epochs, max_minutes, checkpoints.*, tracking.*, distributed.*, reward_processes.*"
+    assert f"on resume only {allowed} may change" in message
 
 
 def test_resuming_ignores_where_the_run_folder_is(tmp_path):
