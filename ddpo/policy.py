@@ -7,7 +7,7 @@ schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.prediction import predict
+from ddpo.quantization import Quantization, is_quantized
 from ddpo.samplers import SamplerConfig, default_sampler, make_schedule
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, find_denoiser, trace
@@ -88,12 +89,14 @@ class Policy:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
-                if component.dtype != DTYPES[precision]:
+                if component.dtype != DTYPES[precision] and not is_quantized(component):
                     component.to(DTYPES[precision])
         self.denoiser = Denoiser(module, precision=precision, device=self.device)
         self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
         self._encoded: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._read_pipeline()
+        if is_quantized(module) and isinstance(adapter, lora.FullConfig):
+            raise ValueError("quantised weights cannot be trained; use a LoraConfig, or load without quantization")
         self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
         if adapter is not None:
             lora.attach(module, adapter, seed=seed)
@@ -111,6 +114,7 @@ class Policy:
         offload: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        quantization: Quantization | None = None,
         seed: int = 0,
     ) -> "Policy":
         """Loads a pipeline by `DiffusionPipeline.from_pretrained` and wraps it.
@@ -125,13 +129,16 @@ class Policy:
             offload: Keep text encoders and VAE on the CPU when they are not in use.
             revision: Of the hub repository.
             variant: Of the weight files, such as `fp16`.
+            quantization: Of the denoiser's linear layers (`ddpo.quantization`); default none.
             seed: Of the adapter's initialisation.
 
         Raises:
             FileNotFoundError: There is no such folder, and the hub has no such model or cannot be reached.
             UntraceableError: The pipeline does not fit; the message says why.
         """
-        pipeline = load_pipeline(path, dtype=DTYPES[precision], revision=revision, variant=variant)
+        pipeline = load_pipeline(
+            path, dtype=DTYPES[precision], revision=revision, variant=variant, quantization=quantization
+        )
         return cls(
             pipeline,
             sampler=sampler or default_sampler(pipeline.scheduler),
@@ -214,6 +221,19 @@ class Policy:
         """Recomputes activations in the backward pass: less memory, about 1.3 times the time."""
         self.denoiser.module.enable_gradient_checkpointing()
 
+    def compile(self, batch_sizes: Collection[int], *, backend: str = "inductor") -> None:
+        """Compiles the denoiser; sampling and training then run the same compiled network.
+
+        Args:
+            batch_sizes: Samples per call; other numbers are padded to the next of these, or cut into the largest, so
+                that nothing is compiled for them.
+            backend: Of `torch.compile`.
+        """
+        self.denoiser.network = torch.compile(self.denoiser.module, dynamic=False, backend=backend)
+        if self._reference is not None:
+            self._reference = torch.compile(self._reference, dynamic=False, backend=backend)
+        self.denoiser.batch_sizes = tuple(sorted(set(batch_sizes)))
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Leaves gradients of a distributed network unreduced, for all but the last micro-batch of an update."""
         network = self.denoiser.network
@@ -232,11 +252,14 @@ class Policy:
             chunk_size: Texts per call of the text encoders.
         """
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._encoded))
-        for start in range(0, len(missing), chunk_size):
-            self._encode(missing[start : start + chunk_size])
+        if missing:
+            with self._decoder.auxiliaries():
+                for start in range(0, len(missing), chunk_size):
+                    self._encode(missing[start : start + chunk_size])
         rows = [self._encoded[prompt] for prompt in prompts]
         positive, negative = (
-            {name: ragged.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
+            {name: ragged.stack([row[side][name] for row in rows]).to(self.device) for name in rows[0][side]}
+            for side in (0, 1)
         )
         return Condition(
             prompts=tuple(prompts),
@@ -269,6 +292,10 @@ class Policy:
             (B, 3, H, W) float32 in [0, 1]; of a video its middle frame, F // 2 of F.
         """
         return self._decoder(latents, with_gradient=with_gradient)
+
+    def save_decoding_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Decodes one image at a time, or each in overlapping tiles; `ValueError` where the VAE cannot."""
+        self._decoder.save_memory(slicing=slicing, tiling=tiling)
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images."""
@@ -322,12 +349,11 @@ class Policy:
             return rule.combine(negative, positive, self.sampler.guidance_scale)
 
     def _encode(self, prompts: list[str]) -> None:
-        with self._decoder.auxiliaries():
-            (step,) = self._trace(prompts, num_steps=1)
+        (step,) = self._trace(prompts, num_steps=1)
         condition = self.denoiser.condition(prompts, step, self.rule)
         for row, prompt in enumerate(prompts):
             positive, negative = (
-                ragged.trim({name: value[row].detach() for name, value in side.items()})
+                ragged.trim({name: self._decoder.stored(value[row].detach()) for name, value in side.items()})
                 for side in (condition.positive, condition.negative)
             )
             self._encoded[prompt] = (positive, negative)

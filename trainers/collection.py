@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpo import Experience, Trajectory, path_kl, rollout, sample_seeds
+from ddpo import Experience, Policy, Trajectory, path_kl, rollout, sample_seeds
 from ddpo.advantages import Advantages
 from rewards import RewardError, Scores
 from trainers.metrics import Stopwatch
@@ -66,6 +66,9 @@ def collect(
     parts: list[Trajectory] = []
     pictures: list[Tensor] = []
     start = own.start
+    if config.model.offload:  # the text encoder moves to the device and back once, not for every batch
+        with clock("sample"):
+            state.policy.encode([prompt.text for prompt in drawn[own.start : own.stop]])
     for size in progress.track(plan.sample_batches, "sampling"):
         batch = drawn[start : start + size]
         with clock("sample"):
@@ -74,13 +77,15 @@ def collect(
             parts.append(rollout(state.policy, condition, seeds, with_kl=penalised, guided=guided))
         with clock("decode"):
             images = state.policy.decode(parts[-1].final)
+        if config.batch.trajectories == "cpu":
+            parts[-1] = parts[-1].kept_on_cpu()
         scorer.submit(images, condition.prompts, condition.metadata)
         if len(pictures) * size < config.tracking.num_pictures:
             pictures.append(images.cpu())
         start += size
     trajectory = Trajectory.concatenate(parts)
     with clock("sample"):
-        kl = trajectory.kl if penalised else path_kl(state.policy, trajectory.first(KL_SAMPLES), guided=guided)
+        kl = trajectory.kl if penalised else _measured_kl(state.policy, trajectory, guided=guided)
     assert kl is not None
     with clock("reward"):
         scores = _gather_scores(_collect_scores(scorer, processes), processes)
@@ -115,6 +120,10 @@ def collect(
         images=torch.cat(pictures)[: config.tracking.num_pictures],
         prompts=tuple(prompt.text for prompt in drawn),
     )
+
+
+def _measured_kl(policy: Policy, trajectory: Trajectory, *, guided: bool) -> Tensor:
+    return path_kl(policy, trajectory.first(KL_SAMPLES).to(policy.device), guided=guided)
 
 
 def _collect_scores(scorer: Scorer, processes: Processes) -> Scores:

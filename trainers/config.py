@@ -15,6 +15,7 @@ from ddpo.advantages import AdvantageConfig
 from ddpo.kl import AdaptiveKL, FixedKL
 from ddpo.lora import FullConfig, LoraConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
+from ddpo.quantization import Quantization
 from ddpo.samplers import SamplerConfig
 from ddpo.validation import check
 from rewards.combine import RewardTerm
@@ -43,7 +44,14 @@ class ModelConfig:
         variant: Weight file variant, e.g. `fp16`; null takes the plain files.
         precision: Number format of the networks; latents, log-probabilities and advantages are always float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.3 times the time.
-        offload: Keep the text encoder and the VAE on the CPU while they are not needed.
+        offload: Keep the text encoder and the VAE on the CPU while they are not needed; an epoch's prompts are encoded
+            in one go, and the text encoder is not needed for decoding.
+        quantization: Number format of the pretrained denoiser's linear layers under a LoRA, by diffusers' quantisers:
+            bitsandbytes (needs a GPU) or torchao; null for none.
+        compile: Compile the denoiser by torch.compile: some minutes at the start, faster after. Both phases run the
+            same compiled network, with rows padded to fixed counts.
+        vae_slicing: Decode one image at a time: less memory.
+        vae_tiling: Decode an image in overlapping tiles: less memory for large images, slightly other pixels.
         device: A torch device such as `cuda:1` or `cpu`; null takes this process's accelerator, else the CPU.
     """
 
@@ -55,6 +63,10 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     offload: bool = False
+    quantization: Quantization | None = None
+    compile: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +83,8 @@ class BatchConfig:
         sample_batch_size: Per device: images per denoiser call while sampling (two rows each with guidance).
         train_batch_size: Per device: transitions (sample, step) per forward and backward pass. Bounds memory; the size
             of an update does not depend on it.
+        trajectories: Where an epoch's latents and prompt embeddings wait for training: on the `device`, or in pinned
+            `cpu` memory, from which each micro-batch is fetched. The numbers are the same.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -79,6 +93,7 @@ class BatchConfig:
     group_size: int = 8
     sample_batch_size: int = 8
     train_batch_size: int = 8
+    trajectories: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         for name in ("samples_per_epoch", "group_size", "sample_batch_size", "train_batch_size"):
@@ -90,6 +105,7 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
+        kind: `adamw_8bit` keeps the averages of gradients in 8 bits (bitsandbytes): 2 bytes a weight instead of 8.
         learning_rate: Peak step size; null takes 3e-4 for LoRA, 1e-5 for all weights.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
@@ -103,6 +119,7 @@ class OptimizerConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
@@ -284,6 +301,9 @@ class Config:
             check(len(set(names)) == len(names), name, names, "a list that names each reward once")
         self._check_noise()
         self._check_groups()
+        full = isinstance(self.adapter, FullConfig) and self.model.quantization is not None
+        cure = "null with adapter.kind: full (quantised weights cannot be trained; use adapter.kind: lora)"
+        check(not full, "model.quantization", self.model.quantization, cure)
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainers.config import Config
 from trainers.config_errors import ConfigError
+from trainers.optimizers import check_optimizer
 from trainers.plan import BatchPlan, make_plan
 from trainers.prompts import load_prompts
 
@@ -17,6 +18,7 @@ def preflight(config: Config, *, num_processes: int) -> BatchPlan:
         ValueError: what is missing, where it was looked for, and the cure.
     """
     check_model(config)
+    check_optimizer(config)
     check_rewards(config)
     check_trackers(config)
     check_output(config)

@@ -14,6 +14,7 @@ from rewards import WeightedSum
 from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
 from trainers.ema import Ema
+from trainers.optimizers import load_optimizer, make_optimizer, optimizer_tensors
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
 from trainers.rng import rng_state, set_rng_state
@@ -66,13 +67,7 @@ class TrainState:
         parameters = policy.trainable()
         if not parameters:
             raise ValueError("the policy has nothing to train; give Policy an adapter: LoraConfig() or FullConfig()")
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=config.learning_rate,
-            betas=(options.beta1, options.beta2),
-            eps=options.epsilon,
-            weight_decay=options.weight_decay,
-        )
+        optimizer = make_optimizer(config, parameters.values())
         fp16 = config.model.precision == "fp16"
         return cls(
             config=config,
@@ -110,7 +105,7 @@ class TrainState:
             CheckpointError: It holds other weights than this configuration trains.
         """
         self._load_weights(tensors)
-        _load_optimizer(self.optimizer, list(self.policy.trainable()), tensors["optimizer"])
+        load_optimizer(self.optimizer, list(self.policy.trainable()), tensors["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(values["scaler"])
         self.advantages.load_state_dict(values["advantages"])
@@ -124,10 +119,7 @@ class TrainState:
             set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        moments = {}
-        for name, parameter in self.policy.trainable().items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{key}.{name}"] = torch.as_tensor(value)
+        moments = optimizer_tensors(self.optimizer, self.policy.trainable())
         weights = {name: value.detach() for name, value in self.policy.trainable().items()}
         groups = {"weights": weights, "optimizer": moments}
         return {**groups, "ema": self.ema.average} if self.ema.average else groups
@@ -156,12 +148,3 @@ class TrainState:
             with torch.no_grad():
                 for name, value in targets.items():
                     value.copy_(saved[name])
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Restores AdamW's moments; `names` are those of its parameters, in order."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        moment, name = key.split(".", 1)
-        state.setdefault(names.index(name), {})[moment] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
