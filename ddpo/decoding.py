@@ -7,10 +7,11 @@ undecorated function carries gradients.
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -93,6 +94,7 @@ class Decoder:
         with ExitStack() as stack:
             # The pipeline draws initial latents that the tail does not see: leave no trace in the global generators.
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
+            stack.enter_context(self._without_encoders(len(latents)) if self._offload else nullcontext())
             stack.enter_context(self.auxiliaries())
             stack.enter_context(hollowed(self._denoiser))
             stack.enter_context(replaced(pipeline.scheduler, "step", step))
@@ -102,6 +104,23 @@ class Decoder:
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
             images = run(pipeline, **arguments, return_dict=False)[0]
         return images.float()
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """Decodes one image at a time, or in tiles, by the VAE's own methods.
+
+        Raises:
+            ValueError: The VAE cannot.
+        """
+        vae = self.pipeline.components.get("vae")
+        for name, wanted in (("slicing", slicing), ("tiling", tiling)):
+            if not wanted:
+                continue
+            try:
+                if not isinstance(vae, AutoencoderMixin):
+                    raise NotImplementedError
+                vae.enable_slicing() if name == "slicing" else vae.enable_tiling()
+            except NotImplementedError as error:
+                raise ValueError(f"model.vae_{name} must be false: {type(vae).__name__} cannot do it") from error
 
     def _encode_prompt(self, prompt: list[str], *arguments: object, **options: object) -> object:
         """The encoding of empty prompts, computed once per batch size: the tail does not depend on it."""
@@ -118,6 +137,21 @@ class Decoder:
             with torch.no_grad():
                 self._encoded_images[pixels.shape] = type(vae).encode(vae, pixels, *arguments, **options)
         return self._encoded_images[pixels.shape]
+
+    @contextmanager
+    def _without_encoders(self, batch_size: int) -> Iterator[None]:
+        """Takes the text encoders out of the pipeline where their output is known, so that they stay on the CPU."""
+        components = self.pipeline.components
+        names = [name for name, part in components.items() if name.startswith("text_encoder") and part is not None]
+        with ExitStack() as stack:
+            if batch_size in self._encoded:
+                for name in names:
+                    stack.enter_context(replaced(self.pipeline, name, None))
+            yield
+
+    def stored(self, encoding: Tensor) -> Tensor:
+        """An encoding where it waits to be used: on the CPU with offloading."""
+        return encoding.cpu() if self._offload else encoding
 
     @contextmanager
     def auxiliaries(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ class Denoiser:
         shared: All other arguments, by dotted name.
         repeated: Plain values that the pipeline passes as a list of equals, one a row.
         output_type: Precision in which the pipeline guides; None for the network's own.
+        batch_sizes: Numbers of samples per call that the network was compiled for; empty for any number.
     """
 
     def __init__(self, module: ModelMixin, *, precision: Precision, device: torch.device) -> None:
@@ -44,6 +45,7 @@ class Denoiser:
         self.shared: dict[str, object] = {}
         self.repeated: dict[str, object] = {}
         self.output_type: torch.dtype | None = None
+        self.batch_sizes: tuple[int, ...] = ()
         self._names = call_names(module)
         self._lists: frozenset[str] = frozenset()
         self._sequences: frozenset[str] = frozenset()
@@ -153,6 +155,19 @@ class Denoiser:
         Returns:
             (negative or None, positive), each (B, ...).
         """
+        if not self.batch_sizes or x.shape[0] in self.batch_sizes:
+            return self._branches(x, time, condition, rule)
+        pieces = [
+            self._branches(x[rows], time[rows], condition.index(rows), rule)
+            for rows in padded_pieces(x.shape[0], self.batch_sizes)
+        ]
+        positive = torch.cat([piece[1] for piece in pieces])[: x.shape[0]]
+        negatives = [piece[0] for piece in pieces if piece[0] is not None]
+        return (torch.cat(negatives)[: x.shape[0]] if negatives else None), positive
+
+    def _branches(
+        self, x: Tensor, time: Tensor, condition: Condition, rule: GuidanceRule
+    ) -> tuple[Tensor | None, Tensor]:
         positive, negative = condition.positive, condition.negative
         match rule.layout:
             case "single":
@@ -222,6 +237,24 @@ class Denoiser:
                 mask = ragged.prefix_mask(lengths, longest).to(self._mask_type)
                 arguments[self._mask] = mask.to(value.device, non_blocking=True)
         return arguments
+
+
+def padded_pieces(rows: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Cuts `rows` rows into pieces of the given sizes; the last one repeats the last row to reach its size.
+
+    Args:
+        rows: Number of rows.
+        sizes: Allowed sizes, ascending.
+
+    Returns:
+        Row indices of each piece, int64.
+    """
+    starts = range(0, rows, sizes[-1])
+    lengths = [min(sizes[-1], rows - start) for start in starts]
+    targets = [next(size for size in sizes if size >= length) for length in lengths]
+    return [
+        torch.arange(start, start + target).clamp(max=rows - 1) for start, target in zip(starts, targets, strict=True)
+    ]
 
 
 def _row_tensors(call: Call, other: Call) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -23,7 +24,13 @@ class Encoder:
     """Encodes prompts by a pipeline and remembers each."""
 
     def __init__(
-        self, encode: Callable[[Sequence[str], Sequence[Image] | None], Condition], name: str, call: PipelineCall
+        self,
+        encode: Callable[[Sequence[str], Sequence[Image] | None], Condition],
+        name: str,
+        call: PipelineCall,
+        *,
+        store: Callable[[Tensor], Tensor],
+        device: torch.device,
     ) -> None:
         """Starts without anything remembered.
 
@@ -31,10 +38,14 @@ class Encoder:
             encode: The condition of prompts and their images by the pipeline itself.
             name: The pipeline's, for messages.
             call: How it is called.
+            store: Puts an encoding where it waits to be used.
+            device: Where conditions are.
         """
         self._encode = encode
         self._name = name
         self._call = call
+        self._store = store
+        self._device = device
         self._branches: dict[Key, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._images: dict[str, Image] = {}
 
@@ -56,7 +67,8 @@ class Encoder:
         positive, negative = (
             {name: ragged.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
         )
-        return Condition(prompts=tuple(prompts), metadata=given, positive=positive, negative=negative)
+        stored = Condition(prompts=tuple(prompts), metadata=given, positive=positive, negative=negative)
+        return stored.to(self._device)
 
     def check(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Refuses what does not fit the pipeline; see `ddpo.Policy.check_inputs`."""
@@ -83,7 +95,7 @@ class Encoder:
         condition = self._encode([prompt for prompt, _ in keys], images)
         for row, key in enumerate(keys):
             positive, negative = (
-                ragged.trim({name: value[row].detach() for name, value in side.items()})
+                ragged.trim({name: self._store(value[row].detach()) for name, value in side.items()})
                 for side in (condition.positive, condition.negative)
             )
             self._branches[key] = (positive, negative)

@@ -5,13 +5,19 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from ddpo.quantization import Quantization, quantization_config
 from ddpo.schedule import flow_matching_scheduler
 
 SHAPES = Path(__file__).parent / "assets" / "shapes"
 
 
 def load_pipeline(
-    path: str | Path, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
+    quantization: Quantization | None = None,
 ) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` with two changes.
 
@@ -23,6 +29,7 @@ def load_pipeline(
         dtype: Of the weights.
         revision: Of the hub repository.
         variant: Of the weight files, such as `fp16`.
+        quantization: Of the denoiser's linear layers; None for none.
 
     Raises:
         FileNotFoundError: Neither a pipeline folder nor a hub model that can be reached.
@@ -39,9 +46,15 @@ def load_pipeline(
             f"model.path {str(path)!r} is neither a folder nor a hub id owner/name; 'shapes' ships with ddpo"
         )
     source = str(folder) if folder.is_dir() else str(path)
+    quantizer = None if quantization is None else quantization_config(quantization, dtype=dtype)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source, dtype=dtype, revision=revision, variant=variant, local_files_only=folder.is_dir()
+            source,
+            dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=folder.is_dir(),
+            quantization_config=quantizer,
         )
     except (OSError, ValueError, AttributeError) as error:
         raise FileNotFoundError(f"model.path {source!r} could not be loaded: {_first_line(error)}") from error

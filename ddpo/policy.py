@@ -8,7 +8,7 @@ schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.input_images import probe_images
 from ddpo.loading import load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
+from ddpo.quantization import Quantization, is_quantized
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.tracing import Step, UntraceableError, find_denoiser, trace
@@ -92,13 +93,15 @@ class Policy:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
-                if component.dtype != DTYPES[precision]:
+                if component.dtype != DTYPES[precision] and not is_quantized(component):
                     component.to(DTYPES[precision])
         self.denoiser = Denoiser(module, precision=precision, device=self.device)
         self._read_pipeline()
         self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
-        self._encoder = Encoder(self._encode, type(pipeline).__name__, self.call)
+        self._encoder = self._make_encoder()
         self.begin_epoch(0, seed=seed)
+        if is_quantized(module) and isinstance(adapter, lora.FullConfig):
+            raise ValueError("quantised weights cannot be trained; use a LoraConfig, or load without quantization")
         self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
         if adapter is not None:
             lora.attach(module, adapter, seed=seed)
@@ -116,6 +119,7 @@ class Policy:
         offload: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        quantization: Quantization | None = None,
         seed: int = 0,
     ) -> "Policy":
         """Loads a pipeline by `DiffusionPipeline.from_pretrained` and wraps it.
@@ -130,13 +134,16 @@ class Policy:
             offload: Keep text encoders and VAE on the CPU when they are not in use.
             revision: Of the hub repository.
             variant: Of the weight files, such as `fp16`.
+            quantization: Of the denoiser's linear layers (`ddpo.quantization`); default none.
             seed: Of the adapter's initialisation.
 
         Raises:
             FileNotFoundError: There is no such folder, and the hub has no such model or cannot be reached.
             UntraceableError: The pipeline does not fit; the message says why.
         """
-        pipeline = load_pipeline(path, dtype=DTYPES[precision], revision=revision, variant=variant)
+        pipeline = load_pipeline(
+            path, dtype=DTYPES[precision], revision=revision, variant=variant, quantization=quantization
+        )
         return cls(
             pipeline,
             sampler=sampler or default_sampler(pipeline.scheduler),
@@ -236,7 +243,8 @@ class Policy:
             other._decoder = self._decoder.with_call(other.call)
             with self._decoder.auxiliaries():
                 other._read_pipeline()
-            other._encoder = Encoder(other._encode, type(self.pipeline).__name__, other.call)
+            other._encoder = other._make_encoder()
+            other.denoiser.batch_sizes = self.denoiser.batch_sizes
             other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
         other.begin_epoch(0, seed=seed)
         return other
@@ -261,6 +269,19 @@ class Policy:
     def networks(self) -> list[nn.Module]:
         """The trained network and, where the pretrained weights are a second copy, that one."""
         return [self.denoiser.module] if self._reference is None else [self.denoiser.module, self._reference]
+
+    def compile(self, batch_sizes: Collection[int], *, backend: str = "inductor") -> None:
+        """Compiles the denoiser; sampling and training then run the same compiled network.
+
+        Args:
+            batch_sizes: Samples per call; other numbers are padded to the next of these, or cut into the largest, so
+                that nothing is compiled for them.
+            backend: Of `torch.compile`.
+        """
+        self.denoiser.network = torch.compile(self.denoiser.module, dynamic=False, backend=backend)
+        if self._reference is not None:
+            self._reference = torch.compile(self._reference, dynamic=False, backend=backend)
+        self.denoiser.batch_sizes = tuple(sorted(set(batch_sizes)))
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------
 
@@ -313,6 +334,10 @@ class Policy:
             (B, 3, H, W) float32 in [0, 1]; of a video its middle frame, F // 2 of F.
         """
         return self._decoder(latents, with_gradient=with_gradient)
+
+    def save_decoding_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Decodes one image at a time, or each in overlapping tiles; `ValueError` where the VAE cannot."""
+        self._decoder.save_memory(slicing=slicing, tiling=tiling)
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images."""
@@ -377,6 +402,10 @@ class Policy:
         with self._decoder.auxiliaries():
             (step,) = self._trace(prompts, images, num_steps=1)
         return self.denoiser.condition(prompts, step, self.rule)
+
+    def _make_encoder(self) -> Encoder:
+        name = type(self.pipeline).__name__
+        return Encoder(self._encode, name, self.call, store=self._decoder.stored, device=self.device)
 
     def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
         scheduler = self.pipeline.scheduler

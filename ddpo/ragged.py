@@ -6,7 +6,7 @@ the true lengths, (B,) int64 on the CPU wherever the values are: every call of t
 integers, and reading them back from a GPU would make it wait. B is the number of samples, L the length of the longest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ def trim(row: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[: int(row[name + LENGTH])] if name + LENGTH in row else value for name, value in row.items()}
 
 
-def move(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """The tensors on a device, their lengths on the CPU."""
-    return {name: value if name.endswith(LENGTH) else value.to(device) for name, value in tensors.items()}
+def apply(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a function makes of the tensors, such as copies elsewhere; lengths stay as they are."""
+    return {name: value if name.endswith(LENGTH) else function(value) for name, value in tensors.items()}
 
 
 def prefix_mask(lengths: Tensor, longest: int) -> Tensor:

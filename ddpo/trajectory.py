@@ -4,13 +4,14 @@ B is the batch of samples, T the number of denoising steps, N a number of transi
 model family's latent shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ddpo import ragged
+from ddpo.placement import concatenate, fetch, pinned
 from ddpo.schedule import Schedule
 
 
@@ -43,13 +44,17 @@ class Condition:
             negative=index_tensors(self.negative, rows),
         )
 
-    def to(self, device: torch.device | str) -> "Condition":
-        """The same condition on another device."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        """The same condition with a function applied to each tensor but lengths."""
         return replace(
             self,
-            positive=ragged.move(self.positive, device),
-            negative=ragged.move(self.negative, device),
+            positive=ragged.apply(function, self.positive),
+            negative=ragged.apply(function, self.negative),
         )
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The same condition on another device; pinned memory is copied in the background."""
+        return self.map(lambda value: fetch(value, torch.device(device)))
 
     @staticmethod
     def concatenate(parts: "Sequence[Condition]") -> "Condition":
@@ -68,7 +73,8 @@ class Trajectory:
     """Sampled denoising chains.
 
     Attributes:
-        latents: States x_0 .. x_T in sampling order (pure noise first), (B, T+1, *latent) float32.
+        latents: States x_0 .. x_T in sampling order (pure noise first), (B, T+1, *latent) float32; they and the
+            condition may wait on the CPU while the rest is on the device.
         log_probs: Log-density of each step under the policy that is trained, (B, T) nats; 0 at deterministic steps.
         kl: KL(policy || reference) at each visited state, (B, T) nats, 0 at deterministic steps; None if not measured.
         condition: B rows.
@@ -82,6 +88,14 @@ class Trajectory:
     condition: Condition
     seeds: Tensor
     schedule: Schedule
+
+    def kept_on_cpu(self) -> "Trajectory":
+        """The same with latents and condition in CPU memory, pinned where it came from a GPU."""
+        return replace(self, latents=pinned(self.latents), condition=self.condition.map(pinned))
+
+    def to(self, device: torch.device) -> "Trajectory":
+        """The same with latents and condition on a device."""
+        return replace(self, latents=self.latents.to(device), condition=self.condition.to(device))
 
     @property
     def final(self) -> Tensor:
@@ -105,7 +119,7 @@ class Trajectory:
         """All samples of `parts`, in order; they share one schedule."""
         first = parts[0]
         return Trajectory(
-            latents=torch.cat([part.latents for part in parts]),
+            latents=concatenate([part.latents for part in parts]),
             log_probs=torch.cat([part.log_probs for part in parts]),
             kl=None if first.kl is None else torch.cat([part.kl for part in parts if part.kl is not None]),
             condition=Condition.concatenate([part.condition for part in parts]),
@@ -144,16 +158,16 @@ class Experience:
             steps: Denoising steps, (N,) int64.
             share: What part of its update these N transitions are, in (0, 1].
         """
-        path = self.trajectory
+        path, device = self.trajectory, self.trajectory.log_probs.device
         return Transitions(
             steps=steps,
-            latents=path.latents[rows, steps],
-            next_latents=path.latents[rows, steps + 1],
+            latents=fetch(path.latents[rows, steps], device),
+            next_latents=fetch(path.latents[rows, steps + 1], device),
             log_probs=path.log_probs[rows, steps],
             advantages=self.advantages[rows, steps],
             kl_weight=self.kl_weight[rows],
             penalised=self.penalised,
-            condition=path.condition.index(rows),
+            condition=path.condition.index(rows).to(device),
             share=share,
         )
 

@@ -43,6 +43,15 @@ SIGTERM, SIGUSR1 and Ctrl-C stop a run cleanly between two batches: the epoch be
 saved, and the exit status is 75. A second signal ends it at once.
 """
 
+_PLAN_EPILOG = """\
+No weights are loaded: shapes come from a local pipeline folder's configuration files, or are known for SD 1.5, SDXL,
+SD 3.5 medium and FLUX.1-dev. Activations are counted by running the networks on tensors without data (half a minute
+for FLUX), so resolution, precision, adapter, gradient checkpointing, guidance and KL all count.
+
+  ddpo plan sdxl_aesthetic --model.offload true --batch.train_batch_size 2
+  ddpo plan sd15_jpeg --num-processes 8 --json
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -98,7 +107,8 @@ def _run(arguments: list[str]) -> int:
         if wants_help:
             _print_config_help(subparsers[command])
             return 0
-        rest, overrides = split_overrides(arguments[1:], own=("--resume", "--checkpoint", "--num-processes"))
+        own = ("--resume", "--checkpoint", "--num-processes", "--utilisation", "--json")
+        rest, overrides = split_overrides(arguments[1:], own=own)
         arguments = [command, *rest]
     elif command == "pareto" and "--sweep" in arguments:
         from trainers.overrides import split_overrides
@@ -160,7 +170,13 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from trainers.config_io import load_config
     from trainers.preflight import preflight
 
-    print(preflight(load_config(options.config, overrides), num_processes=options.num_processes).describe())
+    config = load_config(options.config, overrides)
+    plan = preflight(config, num_processes=options.num_processes)
+    if not options.json:
+        print(plan.describe(), flush=True)
+    from trainers.estimate.command import describe
+
+    print(describe(config, plan, options.num_processes, utilisation=options.utilisation, as_json=options.json))
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
@@ -296,9 +312,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file or shipped name")
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run folder")
     train.add_argument("--checkpoint", metavar="NAME", help="with --resume: checkpoint folder (default: the newest)")
-    plan = _command(commands, "plan", _plan, "print an epoch's work and check all inputs; loads no weights")
+    plan = _command(commands, "plan", _plan, "check all inputs, print an epoch's work, and estimate memory and speed")
+    plan.epilog = _PLAN_EPILOG
     plan.add_argument("config", metavar="CONFIG", help="YAML file or shipped name, with --key value as in train")
     plan.add_argument("--num-processes", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    plan.add_argument(
+        "--utilisation", type=_share, default=0.4, metavar="SHARE", help="of a card's peak FLOP/s (default 0.4)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_sample(commands)
     _add_evaluate(commands)
     _add_verify(commands)
@@ -526,6 +547,13 @@ def _mapping(text: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'must be a mapping such as {{"head": "head.pth"}}, got {text}')
     return value
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {number:g}")
+    return number
 
 
 def _positive(text: str) -> int:

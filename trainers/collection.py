@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpo import Experience, Trajectory, path_kl, rollout, sample_seeds
+from ddpo import Experience, Policy, Trajectory, path_kl, rollout, sample_seeds
 from ddpo.advantages import Advantages, Part
 from rewards import RewardError, Scores
 from trainers.metrics import Stopwatch
@@ -77,6 +77,10 @@ def collect(
     parts: list[Trajectory] = []
     pictures: list[Tensor] = []
     start = own.start
+    if config.model.offload:  # the text encoder moves to the device and back once, not for every batch
+        with clock("sample"):
+            everyone = drawn[own.start : own.stop]
+            state.policy.encode([prompt.text for prompt in everyone], [prompt.metadata for prompt in everyone])
     for size in progress.track(plan.sample_batches, "sampling"):
         processes.safe_point("sampling")
         if size == 0:
@@ -92,12 +96,14 @@ def collect(
         scorer.submit(images, condition.prompts, condition.metadata)
         for k in config.shaping.steps:
             _submit_prediction(state, scorer, parts[-1], k, clock)
+        if config.batch.trajectories == "cpu":
+            parts[-1] = parts[-1].kept_on_cpu()
         if len(pictures) * size < config.tracking.num_pictures:
             pictures.append(images.cpu())
         start += size
     trajectory = Trajectory.concatenate(parts)
     with clock("sample"):
-        kl = trajectory.kl if measured else path_kl(state.policy, trajectory.first(KL_SAMPLES), guided=guided)
+        kl = trajectory.kl if measured else _measured_kl(state.policy, trajectory, guided=guided)
     assert kl is not None
     with clock("reward"):
         scores = _gather_scores(_collect_scores(scorer, processes), processes)
@@ -156,6 +162,10 @@ def _submit_prediction(state: TrainState, scorer: Scorer, part: Trajectory, k: i
     with clock("decode"):
         images = state.policy.decode(predicted)
     scorer.submit(images, part.condition.prompts, part.condition.metadata, queue=k)
+
+
+def _measured_kl(policy: Policy, trajectory: Trajectory, *, guided: bool) -> Tensor:
+    return path_kl(policy, trajectory.first(KL_SAMPLES).to(policy.device), guided=guided)
 
 
 def _collect_scores(scorer: Scorer, processes: Processes, queue: int = -1) -> Scores:

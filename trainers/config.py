@@ -17,6 +17,7 @@ from ddpo.lagrangian import KL_NAME, Constraint
 from ddpo.lora import FullConfig, LoraConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.potential import check_steps
+from ddpo.quantization import Quantization
 from ddpo.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
 from ddpo.validation import FieldError, check
 from rewards.combine import RewardTerm
@@ -46,7 +47,14 @@ class ModelConfig:
         variant: Weight file variant, e.g. `fp16`; null takes the plain files.
         precision: Number format of the networks; latents, log-probabilities and advantages are always float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.3 times the time.
-        offload: Keep the text encoder and the VAE on the CPU while they are not needed.
+        offload: Keep the text encoder and the VAE on the CPU while they are not needed; an epoch's prompts are encoded
+            in one go, and the text encoder is not needed for decoding.
+        quantization: Number format of the pretrained denoiser's linear layers under a LoRA, by diffusers' quantisers:
+            bitsandbytes (needs a GPU) or torchao; null for none.
+        compile: Compile the denoiser by torch.compile: some minutes at the start, faster after. Both phases run the
+            same compiled network, with rows padded to fixed counts.
+        vae_slicing: Decode one image at a time: less memory.
+        vae_tiling: Decode an image in overlapping tiles: less memory for large images, slightly other pixels.
         device: A torch device such as `cuda:1` or `cpu`; null takes this process's accelerator, else the CPU.
     """
 
@@ -58,6 +66,10 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     offload: bool = False
+    quantization: Quantization | None = None
+    compile: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +86,8 @@ class BatchConfig:
         sample_batch_size: Per device: images per denoiser call while sampling (two rows each with guidance).
         train_batch_size: Per device: transitions (sample, step) per forward and backward pass. Bounds memory; the size
             of an update does not depend on it.
+        trajectories: Where an epoch's latents and prompt embeddings wait for training: on the `device`, or in pinned
+            `cpu` memory, from which each micro-batch is fetched. The numbers are the same.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -82,6 +96,7 @@ class BatchConfig:
     group_size: int = 8
     sample_batch_size: int = 8
     train_batch_size: int = 8
+    trajectories: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         for name in ("samples_per_epoch", "group_size", "sample_batch_size", "train_batch_size"):
@@ -108,6 +123,7 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
+        kind: `adamw_8bit` keeps the averages of gradients in 8 bits (bitsandbytes): 2 bytes a weight instead of 8.
         learning_rate: Peak step size; null takes 3e-4 for LoRA, 1e-5 for all weights.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
@@ -121,6 +137,7 @@ class OptimizerConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
@@ -371,9 +388,24 @@ class Config:
         self._check_groups()
         self._check_evaluation()
         self._check_units()
-        fp16 = self.model.precision == "fp16" and self.distributed.strategy != "ddp"
-        cure = "bf16 or fp32 with distributed.strategy: fsdp or zero2 (fp16's loss scale sees one process's part only)"
-        check(not fp16, "model.precision", self.model.precision, cure)
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """What cannot be trained, split over processes, or compiled together."""
+        full = isinstance(self.adapter, FullConfig) and self.model.quantization is not None
+        cure = "null with adapter.kind: full (quantised weights cannot be trained; use adapter.kind: lora)"
+        check(not full, "model.quantization", self.model.quantization, cure)
+        if self.distributed.strategy != "ddp":
+            split = f"with distributed.strategy: {self.distributed.strategy}"
+            cure = f"bf16 or fp32 {split} (fp16's loss scale sees one process's part only)"
+            check(self.model.precision != "fp16", "model.precision", self.model.precision, cure)
+            check(not self.model.compile, "model.compile", True, f"false {split} (not tested together)")
+            quantization = self.model.quantization
+            check(
+                quantization is None, "model.quantization", quantization, f"null {split} (packed weights do not split)"
+            )
+            kind = self.optimizer.kind
+            check(kind == "adamw", "optimizer.kind", kind, f"adamw {split} (8-bit averages do not split)")
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""

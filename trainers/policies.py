@@ -15,8 +15,12 @@ def load_policy(config: Config, device: str) -> Policy:
         offload=config.model.offload,
         revision=config.model.revision,
         variant=config.model.variant,
+        quantization=config.model.quantization,
         seed=config.seed,
     )
     if config.model.gradient_checkpointing:
         policy.gradient_checkpointing()
+    policy.save_decoding_memory(slicing=config.model.vae_slicing, tiling=config.model.vae_tiling)
+    if config.model.compile:
+        policy.compile((config.batch.sample_batch_size, config.batch.train_batch_size))
     return policy

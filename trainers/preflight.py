@@ -8,6 +8,7 @@ import torch
 
 from trainers.config import Config
 from trainers.config_errors import ConfigError
+from trainers.optimizers import check_optimizer
 from trainers.plan import BatchPlan, make_plan
 from trainers.prompts import load_prompts
 
@@ -19,6 +20,7 @@ def preflight(config: Config, *, num_processes: int) -> BatchPlan:
         ValueError: what is missing, where it was looked for, and the cure.
     """
     check_model(config)
+    check_optimizer(config)
     check_rewards(config)
     check_reward_processes(config)
     check_trackers(config)

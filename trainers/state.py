@@ -16,6 +16,7 @@ from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
 from trainers.ema import Ema
 from trainers.evaluation_sampler import write_samplers
+from trainers.optimizers import load_optimizer, make_optimizer, optimizer_tensors, reset_optimizer
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
 from trainers.rng import RandomValues, rng_state, set_rng_state
@@ -90,13 +91,7 @@ class TrainState:
         parameters = policy.trainable()
         if not parameters:
             raise ValueError("the policy has nothing to train; give Policy an adapter: LoraConfig() or FullConfig()")
-        optimizer = torch.optim.AdamW(
-            parameters.values(),
-            lr=config.learning_rate,
-            betas=(options.beta1, options.beta2),
-            eps=options.epsilon,
-            weight_decay=options.weight_decay,
-        )
+        optimizer = make_optimizer(config, parameters.values())
         fp16 = config.model.precision == "fp16"
         return cls(
             config=config,
@@ -151,14 +146,10 @@ class TrainState:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot of this state."""
-        moments = snapshot.tensors["optimizer"]
-        for name, parameter in self.policy.trainable().items():
-            held = self.optimizer.state.get(parameter, {})
-            if not all(f"{key}.{name}" in moments for key in held):
-                del self.optimizer.state[parameter]  # its first step was in what is dropped
+        reset_optimizer(self.optimizer, self.policy.trainable(), snapshot.tensors["optimizer"])
         with torch.no_grad():
-            for group, members in self._tensors().items():
-                for name, value in members.items():
+            for group in ("weights", "ema") if self.ema.average else ("weights",):
+                for name, value in self._tensors()[group].items():
                     local(value.detach()).copy_(snapshot.tensors[group][name])
         self.optimizer.zero_grad(set_to_none=True)
         self._set_values(snapshot.values)
@@ -173,7 +164,7 @@ class TrainState:
             CheckpointError: It holds other weights than this configuration trains.
         """
         self._load_weights(tensors)
-        _load_optimizer(self.optimizer, self.policy.trainable(), tensors["optimizer"])
+        load_optimizer(self.optimizer, self.policy.trainable(), tensors["optimizer"])
         self._set_values(values)
         self.saved_epoch = self.epoch
         rank = str(processes.rank)
@@ -193,10 +184,7 @@ class TrainState:
         self.reward.epoch = self.epoch
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        moments = {}
-        for name, parameter in self.policy.trainable().items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{key}.{name}"] = torch.as_tensor(value)
+        moments = optimizer_tensors(self.optimizer, self.policy.trainable())
         weights = {name: value.detach() for name, value in self.policy.trainable().items()}
         groups = {"weights": weights, "optimizer": moments}
         return {**groups, "ema": self.ema.average} if self.ema.average else groups
@@ -226,16 +214,3 @@ class TrainState:
             with torch.no_grad():
                 for name, value in targets.items():
                     value.copy_(split_like(saved[name], value))
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Restores AdamW's moments; `parameters` are those of the optimizer, in order."""
-    names = list(parameters)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        moment, name = key.split(".", 1)
-        shaped = value.ndim > 0  # AdamW's step counter is not
-        state.setdefault(names.index(name), {})[moment] = split_like(value, parameters[name]) if shaped else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,86 @@
+"""The largest |log ratio| before any update, by precision and way of running the network: 0 is exact.
+
+Chains of the shipped pipeline are sampled with a perturbed LoRA; every step's log-probability is computed again as
+training would, in nats per latent dimension. `D` is 256.
+
+    python benchmarks/first_ratio.py
+    python benchmarks/first_ratio.py --compile      also with torch.compile (a minute or more)
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
+from ddpo.denoiser import Precision
+
+PROMPTS = ("a red circle", "two blue squares", "a green cross above a cyan circle", "three yellow triangles") * 2
+
+
+@contextmanager
+def merged(policy: Policy) -> Iterator[None]:
+    """The adapter added into the weights, for the time of a `with` block."""
+    layers = [layer for layer in policy.denoiser.module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
+
+
+def load(precision: Precision) -> Policy:
+    """The shipped pipeline with an adapter that does something."""
+    sampler = SamplerConfig(num_steps=10, guidance_scale=3.0)
+    policy = Policy.from_pretrained("shapes", sampler=sampler, adapter=LoraConfig(), precision=precision, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def worst(policy: Policy, path: Trajectory, *, rows: int) -> float:
+    """Largest |log ratio| over samples and steps, nats per dimension, recomputed with gradients in calls of `rows`."""
+    largest = 0.0
+    for k in path.schedule.stochastic_steps:
+        for chosen in torch.arange(len(path.seeds)).split(rows):
+            log_prob = policy(k, path.latents[chosen, k], path.condition.index(chosen)).log_prob(
+                path.latents[chosen, k + 1]
+            )
+            largest = max(largest, float((log_prob.detach() - path.log_probs[chosen, k]).abs().max()))
+    return largest / path.latents[0, 0].numel()
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    print("| sampling and training | fp32 | bf16 | fp16 |\n|---|---|---|---|")
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+    cases = {"same calls": (8, False), "training in calls of 3 rows": (3, False), "LoRA merged for sampling": (8, True)}
+    for name, (rows, merge) in cases.items():
+        print(f"| {name} | " + " | ".join(f"{_measure(p, rows=rows, merge=merge):.1e}" for p in precisions) + " |")
+    if options.compile:
+        numbers = [_measure(precision, rows=8, merge=False, compiled=True) for precision in precisions[:2]]
+        print("| compiled | " + " | ".join(f"{number:.1e}" for number in numbers) + " | |")
+
+
+def _measure(precision: Precision, *, rows: int, merge: bool, compiled: bool = False) -> float:
+    policy = load(precision)
+    if compiled:
+        policy.compile((8,))
+    context: AbstractContextManager[None] = merged(policy) if merge else nullcontext()
+    with context:
+        path = rollout(policy, policy.encode(PROMPTS), sample_seeds(0, 0, range(len(PROMPTS))))
+    return worst(policy, path, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One epoch on a GPU: images per second by phase, peak memory against the plan, share of the card's peak.
+
+The pipeline has Stable Diffusion 1.5's size (UNet of 860 M parameters, VAE, text encoder) and random weights, so that
+nothing is downloaded; the rewards are the mean brightness. LoRA, guidance in both phases.
+
+    python benchmarks/gpu_epoch.py                          512 px, bf16, 64 images x 50 steps
+    python benchmarks/gpu_epoch.py --images 256 --gradient-checkpointing
+    python benchmarks/gpu_epoch.py --tiny                   a small pipeline on the CPU: shows that it runs
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo.objectives import policy_gradient
+from rewards import WeightedSum
+from trainers.collection import collect
+from trainers.config import Config
+from trainers.config_io import load_config
+from trainers.estimate.architectures import STABLE_DIFFUSION
+from trainers.estimate.blueprint import read_blueprint
+from trainers.estimate.cards import GIB
+from trainers.estimate.memory import Estimate, estimate
+from trainers.metrics import Stopwatch
+from trainers.plan import make_plan
+from trainers.policies import load_policy
+from trainers.processes import Processes
+from trainers.progress import Progress
+from trainers.prompts import PromptStream, load_prompts
+from trainers.scoring import Scorer
+from trainers.state import TrainState
+from trainers.update import update
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def save_random_pipeline(folder: Path) -> None:
+    """Writes a StableDiffusionPipeline of SD 1.5's size with random weights."""
+    tokens = [*CHARACTERS, *(letter + "</w>" for letter in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    assert STABLE_DIFFUSION.vae is not None
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**STABLE_DIFFUSION.vae).to(torch.bfloat16),
+        text_encoder=CLIPTextModel(text).to(torch.bfloat16),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**STABLE_DIFFUSION.denoiser).to(torch.bfloat16),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def configure(options: argparse.Namespace, folder: Path) -> Config:
+    """The run that is measured."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a cat\na dog\na bird\na horse\n")
+    tiny = ["--model.path", "shapes", "--model.device", "cpu", "--model.precision", "fp32"]
+    full = ["--model.path", str(folder), "--model.precision", "bf16"]
+    keys = {
+        "model.gradient_checkpointing": str(options.gradient_checkpointing).lower(),
+        "model.compile": str(options.compile).lower(),
+        "optimizer.kind": options.optimizer,
+        "batch.trajectories": options.trajectories,
+        "batch.samples_per_epoch": str(options.images),
+        "batch.group_size": "4",
+        "batch.sample_batch_size": str(options.sample_batch),
+        "batch.train_batch_size": str(options.train_batch),
+        "sampler.num_steps": str(options.steps),
+        "gate_tolerance": "1",
+        "rewards.0.name": "brightness",
+        "prompts.source": str(prompts),
+    }
+    file = folder / "run.yaml"
+    file.write_text("{}\n")
+    overrides = [word for name, value in keys.items() for word in (f"--{name}", value)]
+    return load_config(file, [*(tiny if options.tiny else full), *overrides])
+
+
+def measure(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
+    """Seconds of each phase of the fastest epoch after a warm-up, peak bytes of tensors, and the device's name."""
+    processes, progress = Processes(device=config.model.device), Progress(enabled=False)
+    policy = load_policy(config, str(processes.device))
+    plan = make_plan(config, num_processes=1, num_stochastic=len(policy.schedule.stochastic_steps))
+    reward = WeightedSum(config.rewards, device=policy.device)
+    state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
+    objective, cuda = policy_gradient(config.objective), policy.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    best: dict[str, float] = {}
+    with Scorer(reward) as scorer:
+        for turn in range(rounds + 1):
+            clock, started = Stopwatch(policy.device), time.perf_counter()
+            collected = collect(state, plan, processes, scorer, progress, clock)
+            with clock("train"):
+                update(state, objective, collected.experience, plan, processes, progress)
+            state.epoch += 1
+            seconds = {**clock.seconds, "epoch": time.perf_counter() - started}
+            if turn > 0 and (not best or seconds["epoch"] < best["epoch"]):
+                best = seconds
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return best, peak, torch.cuda.get_device_name() if cuda else "CPU"
+
+
+def report(config: Config, planned: Estimate, seconds: dict[str, float], peak: int, device: str, tflops: float) -> None:
+    """Prints what was measured beside what was planned, as text and one JSON line."""
+    images = planned.plan.images_per_epoch
+    total = sum(planned.flops.values())
+    share = {"sample": "sampling", "decode": "decoding", "train": "training", "epoch": ""}
+    print(f"{device}: {images} images of {planned.plan.num_steps} steps, {config.model.precision}")
+    for phase, taken in seconds.items():
+        flops = planned.flops.get(share.get(phase, "-"), total if phase == "epoch" else 0)
+        rate = (
+            f"  {flops / taken / 1e12:7.2f} TFLOP/s, {flops / taken / 1e12 / tflops:.1%} of {tflops:g}" if flops else ""
+        )
+        print(f"  {phase:<8}{taken:9.2f} s  {images / taken:8.3f} images/s{rate}")
+    if peak:
+        print(f"  peak {peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f} GiB: {planned.peak / peak - 1:+.1%}")
+    else:
+        print(f"  planned peak {planned.peak / GIB:.3f} GiB (measured on GPUs only)")
+    print(json.dumps({"device": device, "seconds": seconds, "peak_bytes": peak, "planned_bytes": planned.phases,
+                      "flops": planned.flops, "images": images}))  # fmt: skip
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small pipeline on the CPU")
+    parser.add_argument("--images", type=int, help="per epoch (default 64; tiny 8)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default 50; tiny 3)")
+    parser.add_argument("--sample-batch", type=int, default=16)
+    parser.add_argument("--train-batch", type=int, default=8)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--trajectories", choices=("device", "cpu"), default="device")
+    parser.add_argument("--rounds", type=int, default=1, help="epochs timed, after one warm-up (default 1)")
+    parser.add_argument("--tflops", type=float, default=790.0, help="what the card is held to (default 790)")
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        print("this measures a CUDA GPU and there is none here; --tiny runs the same on the CPU", file=sys.stderr)
+        return 2
+    options.images = options.images or (8 if options.tiny else 64)
+    options.steps = options.steps or (3 if options.tiny else 50)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if not options.tiny:
+            save_random_pipeline(folder)
+        config = configure(options, folder)
+        planned = estimate(config, read_blueprint(config.model.path))
+        seconds, peak, device = measure(config, options.rounds)
+    report(config, planned, seconds, peak, device, options.tflops)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

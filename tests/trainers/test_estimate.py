@@ -1,0 +1,234 @@
+"""The memory plan: counted against real passes on the CPU, published sizes and closed forms."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import group_norm, linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpo import LoraConfig, lora
+from ddpo.lora import FullConfig
+from tests.tiny import tiny_stable_diffusion
+from trainers.cli import main
+from trainers.config import BatchConfig, Config, ModelConfig, OptimizerConfig
+from trainers.estimate.accounting import CudaKernels, LiveBytes, account, saved_for_backward
+from trainers.estimate.architectures import ARCHITECTURES
+from trainers.estimate.blueprint import build, read_blueprint
+from trainers.estimate.cards import CARDS
+from trainers.estimate.memory import estimate
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def a_network(device, *, checkpointing=False):
+    unet = tiny_stable_diffusion().unet.to(device)
+    lora.attach(unet, LoraConfig(rank=2))
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    rows = 2
+    inputs = {
+        "sample": torch.zeros(rows, 4, 16, 16, device=device),
+        "timestep": torch.zeros(rows, dtype=torch.int64, device=device),
+        "encoder_hidden_states": torch.zeros(rows, 77, 32, device=device),
+    }
+    return unet, inputs
+
+
+def test_bytes_saved_for_the_backward_pass_are_predicted_without_data():
+    kept = {}
+    for device in ("cpu", "meta"):
+        unet, inputs = a_network(device)
+        ignored = [*unet.parameters(), *unet.buffers()]
+        with sdpa_kernel(SDPBackend.MATH):
+            output, kept[device] = saved_for_backward(
+                lambda unet=unet, inputs=inputs: unet(**inputs, return_dict=False)[0], ignored=ignored
+            )
+        assert output.requires_grad
+    assert kept["cpu"] == kept["meta"] > 1_000_000
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_and_flops_of_a_real_pass_are_predicted_without_data(checkpointing):
+    costs = {}
+    for device in ("cpu", "meta"):
+        unet, inputs = a_network(device, checkpointing=checkpointing)
+
+        def run(unet=unet, inputs=inputs):
+            torch.autograd.backward(unet(**inputs, return_dict=False)[0].square().mean())
+
+        with sdpa_kernel(SDPBackend.MATH):
+            ignored = [*unet.parameters(), *unet.buffers(), *inputs.values()]
+            costs[device] = account(run, ignored=ignored, as_cuda=False)
+            if device == "cpu":
+                for parameter in unet.parameters():
+                    parameter.grad = None
+                with FlopCounterMode(display=False) as counter:
+                    run()
+                assert costs["cpu"].flops == counter.get_total_flops()
+    assert costs["cpu"] == costs["meta"]
+
+
+def test_checkpointing_lowers_the_peak_and_costs_a_forward_pass():
+    costs = []
+    for checkpointing in (False, True):
+        unet, inputs = a_network("meta", checkpointing=checkpointing)
+        ignored = [*unet.parameters(), *unet.buffers(), *inputs.values()]
+        costs.append(
+            account(
+                lambda unet=unet, inputs=inputs: torch.autograd.backward(unet(**inputs, return_dict=False)[0].sum()),
+                ignored=ignored,
+                as_cuda=False,
+            )
+        )
+    plain, recomputed = costs
+    assert recomputed.peak < 0.7 * plain.peak
+    assert 1.2 < recomputed.flops / plain.flops < 1.5
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_the_peak_of_a_chain_of_layers_is_its_closed_form(depth):
+    """Forward keeps each layer's output; backward frees one as it makes one gradient."""
+    layers = nn.Sequential(*(nn.Sigmoid() for _ in range(depth)))
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveBytes([x]) as counted:
+        y = layers(x)
+    assert counted.live == counted.peak == 4000 * depth
+    with LiveBytes([x]) as counted, torch.no_grad():
+        y = layers(x)
+    assert counted.peak == 8000
+    assert y.shape == (1000,)
+
+
+def test_checkpointed_segments_free_what_they_recompute():
+    first, second = (nn.Sequential(*(nn.Sigmoid() for _ in range(10))) for _ in range(2))
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveBytes([x]) as counted:
+        y = checkpoint(first, x, use_reentrant=False)
+        y = checkpoint(second, y, use_reentrant=False)
+        torch.autograd.backward(y.sum())
+    assert counted.peak < 4000 * 15, "one segment at a time, not both"
+
+
+def test_precision_is_chosen_as_by_autocast_for_cuda():
+    x, heads = torch.zeros(2, 8, 4, device="meta"), torch.zeros(2, 1, 8, 8, device="meta")
+    with CudaKernels(torch.bfloat16):
+        assert linear(x, torch.zeros(4, 4, device="meta")).dtype == torch.bfloat16
+        assert group_norm(x.bfloat16(), 2).dtype == torch.float32
+        assert scaled_dot_product_attention(heads, heads, heads).dtype == torch.bfloat16
+    with CudaKernels(None):
+        assert scaled_dot_product_attention(heads, heads, heads).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        (SD15, 859_520_964),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684),
+        ("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520),
+        ("black-forest-labs/FLUX.1-dev", 11_901_408_320),
+    ],
+)
+def test_built_in_architectures_have_their_published_sizes(name, parameters):
+    blueprint = build(ARCHITECTURES[name])
+    assert sum(parameter.numel() for parameter in blueprint.denoiser.parameters()) == parameters
+    assert all(parameter.is_meta for parameter in blueprint.denoiser.parameters())
+
+
+def test_stable_diffusions_forward_is_the_published_0_8_tflop_per_row():
+    blueprint = build(ARCHITECTURES[SD15])
+    latents = blueprint.latents(512, 512)
+    inputs = blueprint.family.inputs(blueprint.denoiser, latents, 1, torch.float32)
+    with torch.no_grad():
+        cost = account(lambda: blueprint.denoiser(**inputs, return_dict=False), ignored=blueprint.denoiser.parameters())
+    assert cost.flops == pytest.approx(0.803e12, rel=1e-3)
+
+
+def test_a_lora_step_of_stable_diffusion_is_the_published_1_71_tflop_per_row():
+    """With attention in plain products; flash attention makes its products once more in the backward pass."""
+    blueprint = build(ARCHITECTURES[SD15])
+    denoiser = blueprint.denoiser.requires_grad_(False)
+    lora.attach(denoiser, LoraConfig(rank=4))
+    inputs = blueprint.family.inputs(denoiser, blueprint.latents(512, 512), 1, torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):
+        cost = account(
+            lambda: torch.autograd.backward(denoiser(**inputs, return_dict=False)[0].sum()),
+            ignored=denoiser.parameters(),
+            as_cuda=False,
+        )
+    assert cost.flops == pytest.approx(1.714e12, rel=2e-3)
+
+
+def shapes(**groups):
+    return Config(**{"model": ModelConfig(path="shapes"), **groups})
+
+
+def of_shapes(**groups):
+    return estimate(shapes(**groups), read_blueprint("shapes"))
+
+
+def test_parts_follow_from_sizes():
+    lora_, full = of_shapes(), of_shapes(adapter=FullConfig(), optimizer=OptimizerConfig(ema_decay=0.9))
+    weights = 4 * 1_665_364
+    assert lora_.parts.denoiser == weights
+    assert lora_.parts.optimizer == 2 * lora_.parts.adapter == 2 * lora_.parts.gradients
+    assert lora_.parts.averaged == 0
+    assert full.parts.denoiser == 2 * weights, "and a frozen copy"
+    assert full.parts.averaged == full.parts.gradients == weights
+    assert lora_.parts.trajectories == 256 * (51 * 4 * 8 * 8 * 4 + 2 * 77 * 96 * 4)
+
+
+def test_options_lower_what_they_say():
+    plain = of_shapes()
+    eight_bit = of_shapes(adapter=FullConfig(), optimizer=OptimizerConfig(kind="adamw_8bit"))
+    assert eight_bit.parts.optimizer < 0.35 * of_shapes(adapter=FullConfig()).parts.optimizer
+    on_cpu = of_shapes(batch=BatchConfig(trajectories="cpu"))
+    assert on_cpu.phases["training"] == plain.phases["training"] - plain.parts.trajectories
+    offloaded = of_shapes(model=ModelConfig(path="shapes", offload=True))
+    idle = plain.parts.text_encoders + plain.parts.vae
+    assert offloaded.phases["training"] == plain.phases["training"] - idle
+    quantised = of_shapes(model=ModelConfig(path="shapes", quantization="torchao_int8"))
+    assert quantised.parts.denoiser < plain.parts.denoiser
+    sliced = of_shapes(model=ModelConfig(path="shapes", vae_slicing=True))
+    assert sliced.phases["decoding"] < plain.phases["decoding"]
+
+
+def test_the_largest_batch_is_the_largest_that_fits():
+    plan = of_shapes()
+    for capacity in (plan.peak, 2 * plan.peak, 3 * plan.peak):
+        largest = plan.largest_batch("training", capacity)
+
+        def peak(size):
+            return of_shapes(batch=BatchConfig(train_batch_size=size)).phases["training"]
+
+        assert peak(largest) <= capacity < peak(largest + 1)
+    assert plan.largest_batch("sampling", plan.parts.denoiser) == 0
+
+
+def test_epoch_flops_follow_the_rows():
+    one = of_shapes()
+    more = estimate(replace(shapes(), batch=BatchConfig(samples_per_epoch=512)), read_blueprint("shapes"))
+    assert more.flops["decoding"] == 2 * one.flops["decoding"]
+    assert more.flops["training"] == 2 * one.flops["training"]
+
+
+def test_plan_prints_memory_and_json(capsys, tmp_path):
+    arguments = ["plan", "shapes_ppo", "--run.output_dir", str(tmp_path), "--tracking.trackers", "[]"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "largest batches that fit" in text
+    assert all(card.name in text for card in CARDS)
+    assert main([*arguments, "--json", "--utilisation", "0.2"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["estimate"]["utilisation"] == 0.2
+    assert numbers["estimate"]["cards"]["A100 40 GB"]["fits"] is True
+
+
+def test_an_unknown_pipeline_is_planned_without_memory(capsys, tmp_path):
+    arguments = ["plan", "shapes_ppo", "--model.path", "someone/something", "--run.output_dir", str(tmp_path)]
+    assert main([*arguments, "--tracking.trackers", "[]"]) == 0
+    assert "memory cannot be estimated for model.path 'someone/something'" in capsys.readouterr().out

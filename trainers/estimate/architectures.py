@@ -1,0 +1,99 @@
+"""Published architectures of well-known pipelines, so that a run on them can be planned without a download.
+
+The numbers are those of the `config.json` files in the repositories of the same names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CLIP_L = 123_060_480
+CLIP_L_PROJECTED = 123_650_304
+CLIP_BIG_G = 694_659_840
+T5_XXL = 4_762_310_656
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of a pipeline's networks.
+
+    Attributes:
+        denoiser_class: Class in diffusers.
+        denoiser: Its configuration; what is missing is the class's default.
+        vae: Configuration of its AutoencoderKL; None for a pipeline in pixel space.
+        encoder_parameters: Of all text encoders.
+    """
+
+    denoiser_class: str
+    denoiser: Mapping[str, object]
+    vae: Mapping[str, object] | None
+    encoder_parameters: int
+
+
+def _vae(latent_channels: int, *, quant_conv: bool) -> dict[str, object]:
+    return {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": latent_channels,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
+        "force_upcast": True,
+    }
+
+
+STABLE_DIFFUSION = Architecture(
+    denoiser_class="UNet2DConditionModel",
+    denoiser={"sample_size": 64, "cross_attention_dim": 768},
+    vae=_vae(4, quant_conv=True),
+    encoder_parameters=CLIP_L,
+)
+SDXL = Architecture(
+    denoiser_class="UNet2DConditionModel",
+    denoiser={
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    vae=_vae(4, quant_conv=True),
+    encoder_parameters=CLIP_L + CLIP_BIG_G,
+)
+SD35_MEDIUM = Architecture(
+    denoiser_class="SD3Transformer2DModel",
+    denoiser={
+        "sample_size": 128,
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+    vae=_vae(16, quant_conv=False),
+    encoder_parameters=CLIP_L_PROJECTED + CLIP_BIG_G + T5_XXL,
+)
+FLUX = Architecture(
+    denoiser_class="FluxTransformer2DModel",
+    denoiser={"guidance_embeds": True},
+    vae=_vae(16, quant_conv=False),
+    encoder_parameters=CLIP_L + T5_XXL,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION,
+    "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+    "black-forest-labs/FLUX.1-dev": FLUX,
+}

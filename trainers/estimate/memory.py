@@ -1,0 +1,287 @@
+"""What a run needs on one GPU: bytes by part and phase, and FLOPs of an epoch.
+
+Weights, optimizer, averages and trajectories follow from sizes; what a pass of a network needs is counted on the meta
+device (`trainers.estimate.accounting`). Not included: the rewards' models, activations of the text encoders, and the
+reserve of `trainers.estimate.cards` for the CUDA context, workspaces and fragmentation.
+
+Legend: `B` samples of a call, `N` samples of a process and epoch, `T` steps, `D` latent dimensions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ddpo import lora
+from ddpo.denoiser import DTYPES
+from ddpo.kl import FixedKL
+from ddpo.lora import FullConfig
+from ddpo.quantization import Quantization
+from trainers.config import Config
+from trainers.estimate.accounting import Cost, CudaKernels, account
+from trainers.estimate.blueprint import Blueprint, Inputs, Latents
+from trainers.plan import BatchPlan, make_plan
+
+FLOAT32 = 4
+SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits
+BYTES_PER_WEIGHT: Mapping[Quantization, float] = {  # with the scales: of 64 weights, or of an output
+    "bnb_4bit": 0.5 + FLOAT32 / 64, "bnb_8bit": 1.0, "torchao_int8": 1.0, "torchao_float8": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Bytes that do not depend on a batch size.
+
+    Attributes:
+        denoiser: Pretrained weights, and their frozen copy with full fine-tuning.
+        adapter: LoRA weights in float32; 0 with full fine-tuning.
+        gradients: Of the trained weights, float32.
+        optimizer: AdamW's averages.
+        averaged: The moving average of the trained weights.
+        text_encoders: Of all text encoders.
+        vae: The VAE.
+        trajectories: Latents of an epoch, and prompt embeddings of each of its samples.
+    """
+
+    denoiser: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    averaged: int
+    text_encoders: int
+    vae: int
+    trajectories: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run needs on each GPU.
+
+    Attributes:
+        parts: Bytes by part.
+        phases: Peak bytes by phase.
+        per_sample: Bytes that one more sample of a call costs: `sampling`, `decoding`, `training`.
+        flops: FLOPs of an epoch over all processes, by phase: `sampling`, `decoding`, `training`.
+        plan: The epoch.
+    """
+
+    parts: Parts
+    phases: dict[str, int]
+    per_sample: dict[str, int]
+    flops: dict[str, int]
+    plan: BatchPlan
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(self.phases.values())
+
+    def largest_batch(self, phase: str, capacity: int) -> int:
+        """Samples of a call that fit when all else stays: 0 if none does.
+
+        Args:
+            phase: `sampling` (and decoding, which takes the same samples) or `training`.
+            capacity: Bytes.
+        """
+        batch, together = {
+            "sampling": (self.plan.sample_batches[0], ("sampling", "decoding")),
+            "training": (self.plan.train_batch_size, ("training",)),
+        }[phase]
+        others = max((size for name, size in self.phases.items() if name not in ("sampling", "decoding", "training")))
+        if others > capacity:
+            return 0
+        return max(0, min(batch + (capacity - self.phases[name]) // self.per_sample[name] for name in together))
+
+
+def estimate(config: Config, blueprint: Blueprint, *, num_processes: int = 1) -> Estimate:
+    """Estimates a run.
+
+    Args:
+        config: The run.
+        blueprint: Its pipeline; the denoiser gets the run's adapter.
+        num_processes: GPUs.
+    """
+    if not blueprint.family.stacks_guidance:
+        config = replace(config, sampler=replace(config.sampler, guidance_scale=1.0))
+    plan = make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.num_steps)
+    latents = blueprint.latents(config.sampler.height, config.sampler.width)
+    simulated = _Simulation(config, blueprint.denoiser, blueprint, latents)
+    parts = simulated.parts(plan)
+    costs = {
+        "sampling": simulated.sampling(),
+        "training": simulated.training(),
+        "decoding": simulated.decoding(),
+    }
+    return _assemble(config, plan, latents, parts, costs)
+
+
+class _Simulation:
+    """Passes of a run's networks on the meta device."""
+
+    def __init__(self, config: Config, denoiser: ModelMixin, blueprint: Blueprint, latents: Latents) -> None:
+        self._config = config
+        self._dtype = DTYPES[config.model.precision]
+        self._autocast = None if self._dtype == torch.float32 else self._dtype
+        self._blueprint = blueprint
+        self._latents = latents
+        self._denoiser = nn.Module.to(denoiser, self._dtype).requires_grad_(False).eval()
+        self._pretrained = _weight_bytes(denoiser, config.model.quantization)
+        lora.attach(denoiser, config.adapter)
+        if config.model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(self._checkpointed)
+
+    def _checkpointed(self, module: nn.Module, *arguments: object) -> object:
+        """`torch.utils.checkpoint`, with CUDA's kernels in the recomputation too."""
+        modes = (CudaKernels(self._autocast), CudaKernels(self._autocast))
+        return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=lambda: modes)
+
+    def parts(self, plan: BatchPlan) -> Parts:
+        """Bytes of what stays."""
+        config, full = self._config, isinstance(self._config.adapter, FullConfig)
+        trained = [parameter.numel() for parameter in self._denoiser.parameters() if parameter.requires_grad]
+        weights = FLOAT32 * sum(trained)
+        vae = self._blueprint.vae
+        size = self._dtype.itemsize
+        samples = plan.samples_per_process
+        embeddings = sum(
+            tensor.nbytes for name, tensor in _flat(self._inputs(1)).items() if name not in _NOT_PER_PROMPT
+        )
+        states = samples * (plan.num_steps + 1) * self._latents.numel * FLOAT32
+        return Parts(
+            denoiser=self._pretrained + (weights if full else 0),
+            adapter=0 if full else weights,
+            gradients=weights,
+            optimizer=sum(_optimizer_bytes(numel, config.optimizer.kind) for numel in trained),
+            averaged=weights if config.optimizer.ema_decay > 0 else 0,
+            text_encoders=self._blueprint.encoder_parameters * size,
+            vae=0 if vae is None else sum(parameter.numel() for parameter in vae.parameters()) * size,
+            trajectories=states + samples * embeddings * self._branches(guided=True),
+        )
+
+    def sampling(self) -> Cost:
+        """One sample's step."""
+        inputs = self._inputs(self._branches(guided=True))
+
+        @torch.no_grad()
+        def run() -> None:
+            self._denoiser(**inputs, return_dict=False)
+
+        return self._account(run, inputs)
+
+    def training(self) -> Cost:
+        """One transition's forward and backward pass, with the pretrained model's where the KL has a weight."""
+        config = self._config
+        inputs = self._inputs(self._branches(guided=config.objective.train_guidance == "same"))
+        penalised = not (isinstance(config.kl, FixedKL) and config.kl.alpha == 0)
+
+        def run() -> None:
+            output = self._denoiser(**inputs, return_dict=False)[0]
+            if penalised:
+                with torch.no_grad(), lora.adapter_off(self._denoiser):
+                    self._denoiser(**inputs, return_dict=False)
+            torch.autograd.backward(output.float().square().mean())
+
+        cost = self._account(run, inputs)
+        gradients = sum(p.grad.nbytes for p in self._denoiser.parameters() if p.grad is not None)
+        for parameter in self._denoiser.parameters():
+            parameter.grad = None
+        return replace(cost, peak=max(0, cost.peak - gradients))
+
+    def decoding(self) -> Cost:
+        """One image."""
+        vae, shape = self._blueprint.vae, self._latents.vae_shape
+        if vae is None or shape is None:
+            return Cost(peak=0, flops=0)
+        upcast = vae.config["force_upcast"] and self._dtype == torch.float16
+        dtype = torch.float32 if upcast else self._dtype
+        nn.Module.to(vae, dtype).eval()  # diffusers' own warns of what does not concern us
+        if self._config.model.vae_tiling:
+            vae.enable_tiling()
+        latents = torch.empty(1, *shape, dtype=dtype, device="meta")
+
+        @torch.no_grad()
+        def run() -> None:
+            vae.decode(latents, return_dict=False)
+
+        return account(run, ignored=[*vae.parameters(), latents])
+
+    def _inputs(self, rows: int) -> Inputs:
+        return self._blueprint.family.inputs(self._denoiser, self._latents, rows, self._dtype)
+
+    def _branches(self, *, guided: bool) -> int:
+        return 2 if guided and self._config.sampler.guidance_scale > 1 else 1
+
+    def _account(self, run: Callable[[], object], inputs: Inputs) -> Cost:
+        ignored = [*self._denoiser.parameters(), *self._denoiser.buffers(), *_flat(inputs).values()]
+        return account(run, ignored=ignored, autocast=self._autocast)
+
+
+def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, costs: Mapping[str, Cost]) -> Estimate:
+    """Peaks of the phases, in the order in which they come."""
+    offload, on_cpu = config.model.offload, config.batch.trajectories == "cpu"
+    resident = parts.denoiser + parts.adapter + parts.optimizer + parts.averaged
+    idle = 0 if offload else parts.text_encoders + parts.vae
+    kept = 0 if on_cpu else parts.trajectories
+    # A batch's noise, its states, and their stack; with a KL weight also the mean of every step.
+    penalised = plan.reference_rows > 0 and not (isinstance(config.kl, FixedKL) and config.kl.alpha == 0)
+    states = (3 + penalised) * (plan.num_steps + 1) * latents.numel * FLOAT32
+    sliced = config.model.vae_slicing
+    per_sample = {
+        "sampling": costs["sampling"].peak + states,
+        "decoding": _image_bytes(latents) if sliced else costs["decoding"].peak,
+        "training": costs["training"].peak,
+    }
+    batch = plan.sample_batches[0]
+    decoding = batch * per_sample["decoding"] + (costs["decoding"].peak if sliced else 0)
+    phases = {
+        "encoding": resident + parts.text_encoders + parts.vae,
+        "sampling": resident + idle + kept + batch * per_sample["sampling"],
+        "decoding": resident + (parts.vae if offload else idle) + kept + decoding,
+        "gathering": resident + idle + 2 * kept,
+        "training": resident + idle + kept + parts.gradients + plan.train_batch_size * per_sample["training"],
+        "optimizer": resident + idle + kept + 2 * parts.gradients,
+    }
+    rows = 2 if config.sampler.guidance_scale > 1 else 1
+    in_training = plan.training_rows if penalised else 0
+    transitions = plan.images_per_epoch * plan.steps_per_sample * plan.inner_epochs
+    flops = {
+        "sampling": (plan.sampling_rows + plan.reference_rows - in_training) * costs["sampling"].flops // rows,
+        "decoding": plan.images_per_epoch * costs["decoding"].flops,
+        "training": transitions * costs["training"].flops,
+    }
+    return Estimate(parts=parts, phases=phases, per_sample=per_sample, flops=flops, plan=plan)
+
+
+_NOT_PER_PROMPT = ("sample", "hidden_states", "timestep", "img_ids", "txt_ids")
+
+
+def _flat(inputs: Inputs) -> dict[str, torch.Tensor]:
+    flat: dict[str, torch.Tensor] = {}
+    for name, value in inputs.items():
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _image_bytes(latents: Latents) -> int:
+    """Of a decoded image in float32, twice: as it is and rescaled."""
+    assert latents.vae_shape is not None
+    return 2 * 3 * FLOAT32 * 64 * latents.vae_shape[1] * latents.vae_shape[2]
+
+
+def _weight_bytes(denoiser: nn.Module, quantization: Quantization | None) -> int:
+    total = sum(parameter.nbytes for parameter in denoiser.parameters())
+    if quantization is None:
+        return total
+    linear = [layer.weight for layer in denoiser.modules() if isinstance(layer, nn.Linear)]
+    saved = sum(weight.nbytes - int(weight.numel() * BYTES_PER_WEIGHT[quantization]) for weight in linear)
+    return total - saved + max(weight.nbytes for weight in linear)  # and one layer's, expanded
+
+
+def _optimizer_bytes(numel: int, kind: str) -> int:
+    if kind == "adamw_8bit" and numel >= SMALLEST_8BIT:
+        return 2 * (numel + FLOAT32 * -(-numel // 256) + FLOAT32 * 256)
+    return 2 * FLOAT32 * numel
