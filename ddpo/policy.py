@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -278,9 +279,13 @@ class Policy:
                 that nothing is compiled for them.
             backend: Of `torch.compile`.
         """
-        self.denoiser.network = torch.compile(self.denoiser.module, dynamic=False, backend=backend)
+
+        def compiled(network: nn.Module) -> nn.Module:
+            return cast(nn.Module, torch.compile(network, dynamic=False, backend=backend))
+
+        self.denoiser.network = compiled(self.denoiser.module)
         if self._reference is not None:
-            self._reference = torch.compile(self._reference, dynamic=False, backend=backend)
+            self._reference = compiled(self._reference)
         self.denoiser.batch_sizes = tuple(sorted(set(batch_sizes)))
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ FAMILIES: dict[str, Family] = {
         build=diffusers.FluxTransformer2DModel, stacks_guidance=False, latents=_flux_latents, inputs=_flux_inputs
     ),
 }
-_ENCODERS: dict[str, tuple[type, type]] = {
+_ENCODERS: dict[str, tuple[type[transformers.PreTrainedModel], type[transformers.PretrainedConfig]]] = {
     "CLIPTextModel": (transformers.CLIPTextModel, transformers.CLIPTextConfig),
     "CLIPTextModelWithProjection": (transformers.CLIPTextModelWithProjection, transformers.CLIPTextConfig),
     "T5EncoderModel": (transformers.T5EncoderModel, transformers.T5Config),
