@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpo import Policy
-from ddpo.input_images import IMAGE, check_image
+from ddpo.input_images import IMAGE, check_image, rewards_metadata
 from rewards import RewardError, WeightedSum
 from trainers.checkpoint import Tensors, Values, load_checkpoint
 from trainers.config import Config
@@ -174,7 +174,9 @@ def _with_images(count: int, images: Sequence[Path]) -> list[dict[str, object]]:
 def _scores(reward: WeightedSum, images: Tensor, asked: list[Prompt]) -> list[float]:
     """Scores where the run's rewards apply: a free prompt may be none of theirs, and the pictures count here."""
     inputs = shown_inputs([prompt.metadata for prompt in asked], images)
-    metadata = [{} for _ in asked] if inputs is None else [{IMAGE: image} for image in inputs]
+    metadata = [prompt.metadata for prompt in asked]
+    if inputs is not None:
+        metadata = [rewards_metadata(entry, image) for entry, image in zip(metadata, inputs, strict=True)]
     try:
         return reward(images, [prompt.text for prompt in asked], metadata).total.tolist()
     except RewardError as error:

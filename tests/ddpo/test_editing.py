@@ -68,7 +68,7 @@ def test_decoding_encodes_no_image_twice(policy):
 
 def test_rewards_are_given_what_the_pipeline_was_given(policy, tmp_path):
     wide = Image.new("RGB", (64, 32), "red")
-    wide.paste("blue", (0, 0, 12, 32))
+    wide.paste("blue", (0, 0, 8, 32))
     wide.save(tmp_path / "wide.png")
     condition = policy.encode(["a cat"], [{"image": str(tmp_path / "wide.png"), "label": "cat"}])
     (seen,) = condition.metadata

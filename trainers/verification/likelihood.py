@@ -132,7 +132,7 @@ def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
         difference = (ends[0] - ends[1]) / (2 * size)
         if abs(difference / slope - 1) < best:
             best, shown = abs(difference / slope - 1), difference
-    left_out = "" if kept.all() else f", {int(kept.sum())} of {kept.numel()} dimensions away from the clamp"
+    left_out = "" if kept.all() else f", {int(kept.sum())} of {kept.numel()} dimensions that cross no kink"
     yield Measurement(name=f"step {k}, along the gradient (nats){left_out}", exact=slope, obtained=shown, error=best,
                       tolerance=0.02)  # fmt: skip
 
