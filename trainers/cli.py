@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainers.interruption import EXIT_CODE, RunStopped
+from trainers.interruption import EXIT_CODE, RunStopped, ignore_late_warnings
 from trainers.launch import is_main_process, num_processes, prepare_threads, rank
 from trainers.preferences import add_commands
 
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except RunStopped as stop:
+        ignore_late_warnings()
         if is_main_process():
             print(stop, file=sys.stderr)
         return EXIT_CODE
@@ -293,6 +294,7 @@ def _rewards_serve(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _print_run(run: Path) -> None:
+    ignore_late_warnings()
     if is_main_process():
         print(f"run folder: {run}")
 

@@ -36,6 +36,11 @@ class RunStopped(RuntimeError):
     """A run ended early and cleanly on a signal; the message says what is lost and how to go on."""
 
 
+def ignore_late_warnings() -> None:
+    """Ignores SIGUSR1 from here on, in a process that is done: a batch system's warning must not change its status."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class Signals:
     """Remembers the first of SIGTERM, SIGUSR1 and SIGINT that reaches this process.
 

@@ -1,5 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C in every phase: at most the epoch begun is lost, and a resume makes up for it exactly."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.signal_phases import PHASES, disturb, prepare
+from tests.trainers.world import command, in_processes
 from trainers.interruption import EXIT_CODE, Interrupted, Signals
 from trainers.processes import Processes
 
@@ -41,6 +43,20 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_a_resume_is_bit_exact(t
     assert "epoch 2 is dropped" in outcome.message
     assert outcome.resumed == 0
     assert outcome.equal
+
+
+def finish_and_be_warned(arguments: list[str], late: int) -> None:
+    """The body of a process: the command, and a warning between its end and that of the process."""
+    try:
+        command(arguments)
+    finally:
+        os.kill(os.getpid(), late)
+
+
+def test_a_warning_after_the_end_does_not_make_a_finished_run_look_stopped(config: Path) -> None:
+    arguments = ["train", "--resume", str(config.parent / "runs" / "whole")]
+    log = config.parent / "late.log"
+    assert in_processes(finish_and_be_warned, arguments, int(signal.SIGUSR1), log=log) == [0]
 
 
 def test_a_second_signal_is_not_caught_but_a_repeat_within_a_second_is(monkeypatch: pytest.MonkeyPatch) -> None:
