@@ -187,12 +187,13 @@ def check_flow() -> Iterator[Measurement]:
     for kind, (formula, source) in FLOW.items():
         errors = []
         for eta in ETAS:
-
-            def published(k: int, x: Tensor, output: Tensor, formula: Published = formula, eta: float = eta) -> Step:
-                return formula(x, output, scheduler.sigmas[k], scheduler.sigmas[k + 1], eta)
-
+            published = partial(_flow_step, formula, scheduler.sigmas, eta)
             errors.append(largest_errors(schedule_of(scheduler, kind, eta), published, range(1, 27), "flow"))
         yield from rows(kind if kind != "ode" else "ode (flow)", source, errors, where="all but first, last")
+
+
+def _flow_step(formula: Published, sigmas: Tensor, eta: float, k: int, x: Tensor, output: Tensor) -> Step:
+    return formula(x, output, sigmas[k], sigmas[k + 1], eta)
 
 
 def check_ends() -> Iterator[Measurement]:
@@ -207,20 +208,17 @@ def check_ends() -> Iterator[Measurement]:
         mean = x + (v + w**2 / 2 * x) * dt
         first.append(((ours.mean - mean).abs().max(), (ours.std - w * (-dt).sqrt()).abs().max()))
     yield from rows("flow_sde, sigma = 1", "Flow-GRPO's code", first, where="first step")
-    for kind in ("dance_sde", "cps"):
-        formula = FLOW[kind][0]
+    finite_there: tuple[SamplerKind, ...] = ("dance_sde", "cps")
+    for kind in finite_there:
         errors = [
             largest_errors(
-                schedule_of(scheduler, kind, eta),
-                lambda k, x, v, formula=formula, eta=eta: formula(x, v, sigmas[0], sigmas[1], eta),
-                range(1),
-                "flow",
+                schedule_of(scheduler, kind, eta), partial(_flow_step, FLOW[kind][0], sigmas, eta), range(1), "flow"
             )
             for eta in ETAS
         ]
         yield from rows(f"{kind}, sigma = 1", FLOW[kind][1], errors, where="first step")
     last = []
-    for kind in (*FLOW_ONLY, "ode"):
+    for kind in FLOW:
         ours = transition(schedule_of(scheduler, kind, 0.7), 27, x, v, kind="flow")
         last.append(((ours.mean - (x - sigmas[27] * v)).abs().max(), ours.std.abs().max()))
     yield from rows("last step of flow samplers", "the predicted x0, no noise", last, where="last step")
@@ -281,7 +279,8 @@ def check_selection() -> Iterator[Measurement]:
         worst = 0.0
         for k in range(28):
             x, v = draw(k)
-            expected = FLOW[kind if 3 <= k < 7 else "ode"][0](x, v, scheduler.sigmas[k], scheduler.sigmas[k + 1], 0.7)
+            formula = FLOW[kind][0] if 3 <= k < 7 else euler
+            expected = _flow_step(formula, scheduler.sigmas, 0.7, k, x, v)
             ours = transition(mixed, k, x, v, kind="flow")
             error = max(float((ours.mean - expected[0]).abs().max()), float((ours.std - expected[1]).abs().max()))
             worst = max(worst, error)
