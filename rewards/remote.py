@@ -46,12 +46,14 @@ class About:
         description: one sentence.
         range: lowest and highest value; None when not stated.
         max_body_mb: largest request that the server takes.
+        groupwise: whether it compares the images of a group.
     """
 
     identity: Identity
     description: str
     range: tuple[float, float] | None
     max_body_mb: float
+    groupwise: bool
 
 
 @final
@@ -61,7 +63,8 @@ class ServedReward:
     Args:
         client: the server.
         reward: name of the reward there.
-        batch_size: images in one request; 0 sends each batch whole.
+        batch_size: images in one request; 0 sends each batch whole. A reward that compares the images of a group gets
+            each group whole.
         concurrency: requests at the same time, when there is a batch_size.
         precision: of images that are not on 8-bit levels.
 
@@ -97,7 +100,7 @@ class ServedReward:
         Raises:
             RewardError: the server refused, stayed away for too long, or sent what is no score for every image.
         """
-        size = self._batch_size or len(prompts)
+        size = len(prompts) if self.about.groupwise else self._batch_size or len(prompts)
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
 
         def send(rows: slice) -> Scores:
@@ -199,6 +202,7 @@ class Remote:
             name=about.identity.name,
             range=about.range,
             description=about.description,
+            groupwise=about.groupwise,
             source=f"served at {about.identity.where}",
         )
 
@@ -233,6 +237,7 @@ def _ask(client: Client, reward: str) -> About:
         description=str(about.get("description", "")),
         range=_bounds(about.get("range")),
         max_body_mb=float(size),
+        groupwise=about.get("groupwise") is True,
     )
 
 

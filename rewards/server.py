@@ -107,7 +107,11 @@ class RewardService:
         if len(self._identities) != len(rewards):
             raise ValueError(f"each reward can be served once, got {[reward.name for reward, _ in rewards]}")
         self._batchers = {
-            reward.name: Batcher(reward, max_batch=self.limits.max_batch, max_delay=self.limits.max_delay)
+            reward.name: Batcher(
+                reward,
+                max_batch=1 if reward.groupwise else self.limits.max_batch,  # a request is one group, whole
+                max_delay=self.limits.max_delay,
+            )
             for reward, _ in rewards
         }
         self._about = {reward.name: _describe(reward, identity) for reward, identity in rewards}
@@ -275,7 +279,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 def _describe(reward: Reward, identity: Identity) -> dict[str, object]:
     bounds = None if reward.range is None else [repr(float(bound)) for bound in reward.range]
     about = {"hash": identity.hash, "package_version": identity.package_version, "versions": identity.versions}
-    return {**about, "description": reward.description, "range": bounds}
+    return {**about, "description": reward.description, "range": bounds, "groupwise": reward.groupwise}
 
 
 def _media_type(request: Request) -> str:

@@ -6,7 +6,7 @@ A request to `POST /v1/score` is either
                                 header's `__metadata__` has one entry `request`: the JSON below without `images`
     application/json            {"reward": NAME, "prompts": [B], "metadata": [B], "images": [B base64 PNG files]}
 
-and its reply is JSON:
+An image among the metadata, such as the one that was edited, is {"@png": base64 PNG file}. The reply is JSON:
 
     {"reward": {"name", "hash", "package_version"}, "scores": [B], "components": {NAME: [B]}}      status 200
     {"error": {"kind": KIND, "message": TEXT}}                                                   any other status
@@ -39,6 +39,7 @@ JSON = "application/json"
 SCORE_PATH = "/v1/score"
 HEALTH_PATH = "/health"
 Precision = Literal["float16", "float32"]
+PICTURE = "@png"
 
 _KEYS = {"reward", "prompts", "metadata"}
 _KINDS = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
@@ -98,7 +99,7 @@ def encode_request(
         reward: name of a served reward.
         images: `(B, 3, H, W)` floating point in [0, 1].
         prompts: `B` prompts.
-        metadata: `B` dictionaries.
+        metadata: `B` dictionaries of what JSON can hold, and PIL images.
         precision: of images that are not on 8-bit levels; those that are travel as uint8.
 
     Raises:
@@ -109,11 +110,12 @@ def encode_request(
         text = json.dumps(
             {"reward": reward, "prompts": list(prompts), "metadata": [dict(entry) for entry in metadata]},
             allow_nan=False,
+            default=_write_picture,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"reward {reward!r}: the metadata of a prompt cannot be sent as JSON ({error}); keep it to strings, finite "
-            f"numbers, booleans, lists and dictionaries"
+            f"numbers, booleans, lists, dictionaries and PIL images"
         ) from error
     return save({"images": pack(images, precision)}, metadata={"request": text})
 
@@ -158,11 +160,36 @@ def decode_request(body: bytes, content_type: str, *, max_bytes: int) -> ScoreRe
         raise WireError("prompts must be a list of strings")
     if not (isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)):
         raise WireError("metadata must be a list of objects")
+    metadata = _with_pictures(metadata, max_bytes)
     try:
         check_inputs(images, prompts, metadata)
     except ValueError as error:
         raise WireError(str(error)) from error
     return ScoreRequest(reward=name, images=images, prompts=prompts, metadata=metadata)
+
+
+def _write_picture(value: object) -> dict[str, str]:
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    file = io.BytesIO()
+    value.save(file, format="PNG")
+    return {PICTURE: base64.b64encode(file.getvalue()).decode()}
+
+
+def _with_pictures(metadata: list[dict[str, object]], max_bytes: int) -> list[Metadata]:
+    """The metadata with the images in them, which share one size limit."""
+    budget, read = max_bytes, []
+    for b, entry in enumerate(metadata):
+        values: dict[str, object] = {}
+        for key, value in entry.items():
+            if isinstance(value, dict) and value.keys() == {PICTURE} and isinstance(value[PICTURE], str):
+                array = _read_png(value[PICTURE], b, budget)
+                budget -= array.nbytes
+                values[key] = Image.fromarray(array)
+            else:
+                values[key] = value
+        read.append(values)
+    return list(read)
 
 
 def _read_safetensors(body: bytes) -> tuple[dict[str, object], Tensor]:

@@ -94,6 +94,7 @@ class RewardServers:
             function=_Dispatch(self, served),
             range=served[0].about.range,
             description=served[0].about.description,
+            groupwise=served[0].about.groupwise,
             source="in a process of its own",
         )
 

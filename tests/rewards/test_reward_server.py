@@ -51,13 +51,13 @@ def environment(**extra):
 def server(tmp_path_factory):
     file = tmp_path_factory.mktemp("server") / "mine.py"
     file.write_text(MINE)
-    names = ["jpeg_compressibility", "brightness", f"{file}:size", f"{file}:fussy", f'{file}:Sleepy={{"factor": 2}}']
+    names = ["jpeg_compressibility", "brightness", "diversity", f"{file}:size", f"{file}:fussy", f'{file}:Sleepy={{"factor": 2}}']
     limits = ["--max-body-mb", "2", "--timeout", "1.5", "--max-delay-ms", "0"]
     process = subprocess.Popen(
         command(*names, "--port", "0", *limits), env=environment(), stdout=subprocess.PIPE, text=True
     )
     line = json.loads(process.stdout.readline())
-    assert line["rewards"] == ["jpeg_compressibility", "brightness", "size", "fussy", "Sleepy"]
+    assert line["rewards"] == ["jpeg_compressibility", "brightness", "diversity", "size", "fussy", "Sleepy"]
     yield line["url"]
     process.terminate()
     assert process.wait(timeout=20) == 0, "SIGTERM is an orderly end"
@@ -96,6 +96,15 @@ def test_scores_equal_those_of_this_process(served, name):
         assert (there.name, there.range) == (name, here.range)
         expected, got = (reward(images, ["x"] * 5, [{}] * 5) for reward in (here, there))
         assert torch.equal(got.total, expected.total)
+
+
+def test_a_reward_that_compares_a_group_gets_each_group_whole(served):
+    images, prompts = torch.rand(6, 3, 16, 16), ["a", "b"] * 3
+    there, here = served("diversity", precision="float32", batch_size=2, concurrency=3), resolve("diversity")
+    expected, got = (reward(images, prompts, [{}] * 6).total for reward in (here, there))
+    assert there.groupwise and torch.equal(got, expected)
+    together = here(images, ["a"] * 6, [{}] * 6).total
+    assert not torch.allclose(together, expected), "grouping makes a difference here"
 
 
 def test_many_clients_at_once_get_their_own_scores(served):

@@ -152,3 +152,12 @@ def test_replies_that_are_no_score_for_every_image_are_refused(change, reason):
 def test_metadata_that_json_cannot_hold_is_an_error_at_the_sender():
     with pytest.raises(ValueError, match="cannot be sent as JSON"):
         encode_request("r", IMAGE, ["a"], [{"box": torch.zeros(2)}])
+
+
+def test_pictures_in_the_metadata_arrive_exactly_and_count_for_the_size_limit():
+    pixels, _ = picture()
+    body = encode_request("r", torch.rand(1, 3, 8, 8), ["a"], [{"image": Image.fromarray(pixels), "n": 1}])
+    (entry,) = decode(body).metadata
+    assert np.array_equal(np.array(entry["image"]), pixels) and entry["n"] == 1
+    with pytest.raises(WireError, match="passes the size limit"):
+        decode_request(body, SAFETENSORS, max_bytes=pixels.nbytes - 1)
