@@ -53,8 +53,8 @@ class Evaluation:
 
     Attributes:
         values: By name: `reward` (the optimised total), raw components, `heldout/...`, `kl (nats)` (where sampling has
-            noise), `diversity` (per prompt, repeated; `pixel_diversity` beside a reward of that name), the same
-            noise-free under `ode/...`; each (E,) float32.
+            noise), the same noise-free under `ode/...`, each (E,) float32; and `diversity`, one for each prompt
+            (`pixel_diversity` beside a reward of that name).
         images: The images, by the evaluation's sampler, (E, 3, H, W) uint8.
         prompts: E texts.
     """
@@ -259,7 +259,7 @@ def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, w
 
 
 def diversity(images: Tensor, images_per_prompt: int) -> Tensor:
-    """Mean pixel distance between images of one prompt, repeated for each of its images, (E,) in [0, 1].
+    """Mean pixel distance between images of one prompt, one number for each of the P prompts, (P,) in [0, 1].
 
     Args:
         images: (E, 3, H, W) in [0, 1], images of a prompt next to each other.
@@ -271,7 +271,7 @@ def diversity(images: Tensor, images_per_prompt: int) -> Tensor:
     groups = images.flatten(1).unflatten(0, (-1, images_per_prompt))
     distance = torch.cdist(groups, groups) / math.sqrt(groups.shape[-1])
     pairs = images_per_prompt * (images_per_prompt - 1)
-    return (distance.sum((1, 2)) / pairs).repeat_interleave(images_per_prompt)
+    return distance.sum((1, 2)) / pairs
 
 
 def evaluation_prompts(config: Config) -> list[Prompt]:
