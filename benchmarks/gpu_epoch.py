@@ -76,7 +76,7 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
     keys = {
         "model.gradient_checkpointing": str(options.gradient_checkpointing).lower(),
         "model.compile": str(options.compile).lower(),
-        "optimizer.kind": options.optimizer,
+        "optimizer.eight_bit": str(options.eight_bit_adam).lower(),
         "batch.trajectories": options.trajectories,
         "batch.samples_per_epoch": str(options.images),
         "batch.group_size": "4",
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--train-batch", type=int, default=8)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), default="adamw")
+    parser.add_argument("--eight-bit-adam", action="store_true")
     parser.add_argument("--trajectories", choices=("device", "cpu"), default="device")
     parser.add_argument("--rounds", type=int, default=1, help="epochs timed, after one warm-up (default 1)")
     parser.add_argument("--tflops", type=float, default=790.0, help="what the card is held to (default 790)")

@@ -123,7 +123,7 @@ class OptimizerConfig:
     """AdamW and its learning rate.
 
     Attributes:
-        kind: `adamw_8bit` keeps the averages of gradients in 8 bits (bitsandbytes): 2 bytes a weight instead of 8.
+        eight_bit: Keep the averages of gradients in 8 bits (bitsandbytes): 2 bytes a trained weight instead of 8.
         learning_rate: Peak step size; null takes 3e-4 for LoRA, 1e-5 for all weights.
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of squared gradients.
@@ -137,7 +137,7 @@ class OptimizerConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    eight_bit: bool = False
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999

@@ -19,9 +19,9 @@ def check_optimizer(config: Config) -> None:
     Raises:
         ConfigError: The package is missing; the message names the extra.
     """
-    if config.optimizer.kind == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+    if config.optimizer.eight_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "optimizer.kind: adamw_8bit needs bitsandbytes: pip install 'ddpo[bitsandbytes]', or --optimizer.kind adamw"
+            "optimizer.eight_bit needs bitsandbytes: pip install 'ddpo[bitsandbytes]', or --optimizer.eight_bit false"
         )
 
 
@@ -33,7 +33,7 @@ def make_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.
     """
     check_optimizer(config)
     options = config.optimizer
-    if options.kind == "adamw_8bit":
+    if options.eight_bit:
         from bitsandbytes.optim import AdamW8bit as Optimizer
     else:
         from torch.optim import AdamW as Optimizer

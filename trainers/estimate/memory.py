@@ -155,7 +155,7 @@ class _Simulation:
             denoiser=self._pretrained + (weights if full else 0),
             adapter=0 if full else weights,
             gradients=weights,
-            optimizer=sum(_optimizer_bytes(numel, config.optimizer.kind) for numel in trained),
+            optimizer=sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained),
             averaged=weights if config.optimizer.ema_decay > 0 else 0,
             text_encoders=self._blueprint.encoder_parameters * size,
             vae=0 if vae is None else sum(parameter.numel() for parameter in vae.parameters()) * size,
@@ -281,7 +281,7 @@ def _weight_bytes(denoiser: nn.Module, quantization: Quantization | None) -> int
     return total - saved + max(weight.nbytes for weight in linear)  # and one layer's, expanded
 
 
-def _optimizer_bytes(numel: int, kind: str) -> int:
-    if kind == "adamw_8bit" and numel >= SMALLEST_8BIT:
+def _optimizer_bytes(numel: int, *, eight_bit: bool) -> int:
+    if eight_bit and numel >= SMALLEST_8BIT:
         return 2 * (numel + FLOAT32 * -(-numel // 256) + FLOAT32 * 256)
     return 2 * FLOAT32 * numel
