@@ -404,8 +404,7 @@ class Config:
             check(
                 quantization is None, "model.quantization", quantization, f"null {split} (packed weights do not split)"
             )
-            kind = self.optimizer.kind
-            check(kind == "adamw", "optimizer.kind", kind, f"adamw {split} (8-bit averages do not split)")
+            check(not self.optimizer.eight_bit, "optimizer.eight_bit", True, f"false {split} (its averages do not split)")
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""
