@@ -320,7 +320,7 @@ def test_a_wrong_address_model_or_option_is_found_at_the_start(serve):
     assert not seen
     for options, message in [
         ({"mode": "rank"}, "mode must be one of yes_no, grade, got 'rank'"),
-        ({"template": "Is it {promt}?"}, r"the template holds \{promt\}; only \{prompt\}"),
+        ({"template": "Is it {wieght}?"}, r"the template holds \{wieght\}; only \{prompt\}"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"timeout": 0}, "timeout must be a positive number"),
         ({"retries": -1}, "retries and backoff must be at least 0"),
