@@ -404,7 +404,9 @@ class Config:
             check(
                 quantization is None, "model.quantization", quantization, f"null {split} (packed weights do not split)"
             )
-            check(not self.optimizer.eight_bit, "optimizer.eight_bit", True, f"false {split} (its averages do not split)")
+            check(
+                not self.optimizer.eight_bit, "optimizer.eight_bit", True, f"false {split} (its averages do not split)"
+            )
 
     def _check_noise(self) -> None:
         """A policy gradient needs a density: sampling must have noise."""

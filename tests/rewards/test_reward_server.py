@@ -51,7 +51,14 @@ def environment(**extra):
 def server(tmp_path_factory):
     file = tmp_path_factory.mktemp("server") / "mine.py"
     file.write_text(MINE)
-    names = ["jpeg_compressibility", "brightness", "diversity", f"{file}:size", f"{file}:fussy", f'{file}:Sleepy={{"factor": 2}}']
+    names = [
+        "jpeg_compressibility",
+        "brightness",
+        "diversity",
+        f"{file}:size",
+        f"{file}:fussy",
+        f'{file}:Sleepy={{"factor": 2}}',
+    ]
     limits = ["--max-body-mb", "2", "--timeout", "1.5", "--max-delay-ms", "0"]
     process = subprocess.Popen(
         command(*names, "--port", "0", *limits), env=environment(), stdout=subprocess.PIPE, text=True
