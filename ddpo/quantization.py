@@ -10,12 +10,14 @@ are expanded for it, so that sampling and training see the same, slightly rounde
 """
 
 import importlib.util
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import BitsAndBytesConfig, ModelMixin, PipelineQuantizationConfig, TorchAoConfig
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 Quantization = Literal["bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8"]
 
@@ -36,18 +38,22 @@ def check_quantization(kind: Quantization) -> None:
         )
 
 
-def quantization_config(kind: Quantization, *, dtype: torch.dtype) -> PipelineQuantizationConfig:
+def quantization_config(kind: Quantization, *, dtype: torch.dtype) -> "PipelineQuantizationConfig":
     """What `DiffusionPipeline.from_pretrained(quantization_config=...)` is given.
 
     Args:
         kind: Format of the weights.
         dtype: Precision of the products.
     """
+    from diffusers import PipelineQuantizationConfig
+
     check_quantization(kind)
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("unet", "transformer"), _config(kind, dtype)))
 
 
-def _config(kind: Quantization, dtype: torch.dtype) -> QuantizationConfigMixin:
+def _config(kind: Quantization, dtype: torch.dtype) -> "QuantizationConfigMixin":
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+
     match kind:
         case "bnb_4bit":
             return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -65,4 +71,6 @@ def _config(kind: Quantization, dtype: torch.dtype) -> QuantizationConfigMixin:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a component of a pipeline was loaded with quantised weights, which cannot be cast or trained."""
+    from diffusers import ModelMixin
+
     return isinstance(module, ModelMixin) and module.config.get("quantization_config") is not None

@@ -172,7 +172,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from trainers.preflight import preflight
 
     config = load_config(options.config, overrides)
-    plan = preflight(config, num_processes=options.num_processes)
+    plan = preflight(config, num_processes=options.num_processes, with_prompts=False)
     if not options.json:
         print(plan.describe(), flush=True)
     from trainers.estimate.command import describe

@@ -13,8 +13,13 @@ from trainers.plan import BatchPlan, make_plan
 from trainers.prompts import load_prompts
 
 
-def preflight(config: Config, *, num_processes: int) -> BatchPlan:
+def preflight(config: Config, *, num_processes: int, with_prompts: bool = True) -> BatchPlan:
     """Checks what a run will need and plans it, with as many stochastic steps as the sampler can have.
+
+    Args:
+        config: The run.
+        num_processes: Processes that will share it.
+        with_prompts: Whether to read the prompts too, which may be a dataset to download.
 
     Raises:
         ValueError: what is missing, where it was looked for, and the cure.
@@ -25,9 +30,10 @@ def preflight(config: Config, *, num_processes: int) -> BatchPlan:
     check_reward_processes(config)
     check_trackers(config)
     check_output(config)
-    load_prompts(config.prompts)
-    if config.evaluation.prompts is not None:
-        load_prompts(config.evaluation.prompts)
+    if with_prompts:
+        load_prompts(config.prompts)
+        if config.evaluation.prompts is not None:
+            load_prompts(config.evaluation.prompts)
     return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
 
 

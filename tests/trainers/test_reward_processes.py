@@ -54,7 +54,8 @@ def test_processes_of_their_own_give_the_same_run(model: Path, undisturbed: Path
     config = write_config(tmp_path, model)
     run = start(config, "--reward_processes.devices", "[cpu, cpu]", "--heldout_rewards", "[{name: redness}]")
     assert same(run, undisturbed)
-    assert reproducible(run) == reproducible(undisturbed)
+    judged = [{k: v for k, v in row.items() if k != "evaluation/overoptimised"} for row in reproducible(run)]
+    assert judged == reproducible(undisturbed), "but for what held-out rewards add"
     recorded = json.loads((run / "rewards.json").read_text())["rewards"]
     assert [(entry["group"], entry["name"], entry["where"]) for entry in recorded] == [
         ("rewards", "brightness", "reward processes"),
