@@ -15,7 +15,7 @@ from ddpo import LoraConfig, lora
 from ddpo.lora import FullConfig
 from tests.tiny import tiny_stable_diffusion
 from trainers.cli import main
-from trainers.config import BatchConfig, Config, ModelConfig, OptimizerConfig
+from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, OptimizerConfig
 from trainers.estimate.accounting import CudaKernels, LiveBytes, account, saved_for_backward
 from trainers.estimate.architectures import ARCHITECTURES
 from trainers.estimate.blueprint import build, read_blueprint
@@ -177,6 +177,30 @@ def test_parts_follow_from_sizes():
     assert full.parts.denoiser == 2 * weights, "and a frozen copy"
     assert full.parts.averaged == full.parts.gradients == weights
     assert lora_.parts.trajectories == 256 * (51 * 4 * 8 * 8 * 4 + 2 * 77 * 64 * 4)
+
+
+def test_a_split_network_is_divided_by_the_processes_but_for_what_is_gathered():
+    whole = of_shapes(adapter=FullConfig()).parts
+    blueprint = read_blueprint("shapes")
+    parts = {
+        strategy: estimate(
+            Config(
+                model=ModelConfig(path="shapes"),
+                adapter=FullConfig(),
+                distributed=DistributedConfig(strategy=strategy),
+            ),
+            blueprint,
+            num_processes=4,
+        ).parts
+        for strategy in ("ddp", "fsdp", "zero2")
+    }
+    assert parts["ddp"].denoiser == whole.denoiser and parts["ddp"].gathered == 0
+    for strategy in ("fsdp", "zero2"):
+        for name in ("denoiser", "gradients", "optimizer"):
+            assert getattr(parts[strategy], name) == getattr(whole, name) // 4
+    weights = whole.gradients
+    assert parts["zero2"].gathered == weights
+    assert 0 < parts["fsdp"].gathered < 3 * weights
 
 
 def test_options_lower_what_they_say():

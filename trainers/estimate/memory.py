@@ -24,6 +24,7 @@ from trainers.config import Config
 from trainers.estimate.accounting import Cost, CudaKernels, account
 from trainers.estimate.blueprint import Blueprint, Inputs, Latents
 from trainers.plan import BatchPlan, make_plan
+from trainers.sharding import blocks
 
 FLOAT32 = 4
 SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits
@@ -34,7 +35,7 @@ BYTES_PER_WEIGHT: Mapping[Quantization, float] = {  # with the scales: of 64 wei
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes that do not depend on a batch size.
+    """Bytes that do not depend on a batch size; of a network that processes split, this process's part.
 
     Attributes:
         denoiser: Pretrained weights, and their frozen copy with full fine-tuning.
@@ -45,6 +46,7 @@ class Parts:
         text_encoders: Of all text encoders.
         vae: The VAE.
         trajectories: Latents of an epoch, and prompt embeddings of each of its samples.
+        gathered: Of a split network, the weights that are whole while they are used.
     """
 
     denoiser: int
@@ -55,6 +57,7 @@ class Parts:
     text_encoders: int
     vae: int
     trajectories: int
+    gathered: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +154,27 @@ class _Simulation:
             tensor.nbytes for name, tensor in _flat(self._inputs(1)).items() if name not in _NOT_PER_PROMPT
         )
         states = samples * (plan.num_steps + 1) * self._latents.numel * FLOAT32
+        moments = sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained)
+        shares = plan.num_processes if config.distributed.strategy != "ddp" else 1
         return Parts(
-            denoiser=self._pretrained + (weights if full else 0),
-            adapter=0 if full else weights,
-            gradients=weights,
-            optimizer=sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained),
-            averaged=weights if config.optimizer.ema_decay > 0 else 0,
+            denoiser=(self._pretrained + (weights if full else 0)) // shares,
+            adapter=0 if full else weights // shares,
+            gradients=weights // shares,
+            optimizer=moments // shares,
+            averaged=weights // shares if config.optimizer.ema_decay > 0 else 0,
             text_encoders=self._blueprint.encoder_parameters * size,
             vae=0 if vae is None else sum(parameter.numel() for parameter in vae.parameters()) * size,
             trajectories=states + samples * embeddings * self._branches(guided=True),
+            gathered=self._gathered() if shares > 1 else 0,
         )
+
+    def _gathered(self) -> int:
+        """Bytes of whole weights: all of them, or a block in use, the next one, a block's gradient, and the rest."""
+        whole = sum(parameter.nbytes for parameter in self._denoiser.parameters())
+        if self._config.distributed.strategy == "zero2":
+            return whole
+        units = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks(self._denoiser)]
+        return 3 * max(units) + whole - sum(units)
 
     def sampling(self) -> Cost:
         """One sample's step."""
@@ -185,11 +199,13 @@ class _Simulation:
                     self._denoiser(**inputs, return_dict=False)
             torch.autograd.backward(output.float().square().mean())
 
+        trained = [parameter for parameter in self._denoiser.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)  # there from the first micro-batch on, and counted by itself
         cost = self._account(run, inputs)
-        gradients = sum(p.grad.nbytes for p in self._denoiser.parameters() if p.grad is not None)
-        for parameter in self._denoiser.parameters():
+        for parameter in trained:
             parameter.grad = None
-        return replace(cost, peak=max(0, cost.peak - gradients))
+        return cost
 
     def decoding(self) -> Cost:
         """One image."""
@@ -216,14 +232,15 @@ class _Simulation:
         return 2 if guided and self._config.sampler.guidance_scale > 1 else 1
 
     def _account(self, run: Callable[[], object], inputs: Inputs) -> Cost:
-        ignored = [*self._denoiser.parameters(), *self._denoiser.buffers(), *_flat(inputs).values()]
+        gradients = [parameter.grad for parameter in self._denoiser.parameters() if parameter.grad is not None]
+        ignored = [*self._denoiser.parameters(), *gradients, *self._denoiser.buffers(), *_flat(inputs).values()]
         return account(run, ignored=ignored, autocast=self._autocast)
 
 
 def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, costs: Mapping[str, Cost]) -> Estimate:
     """Peaks of the phases, in the order in which they come."""
     offload, on_cpu = config.model.offload, config.batch.trajectories == "cpu"
-    resident = parts.denoiser + parts.adapter + parts.optimizer + parts.averaged
+    resident = parts.denoiser + parts.adapter + parts.optimizer + parts.averaged + parts.gathered
     idle = 0 if offload else parts.text_encoders + parts.vae
     kept = 0 if on_cpu else parts.trajectories
     # A batch's noise, its states, and their stack; with a KL weight also the mean of every step.
