@@ -28,7 +28,7 @@ _SOURCE_HELP = "run folder (its evaluation pictures), or folder of pictures with
 
 
 class Command(Protocol):
-    """Adds a subcommand, see `trainers.cli`."""
+    """Adds a subcommand, see `trainers.commands.arguments`."""
 
     def __call__(
         self,
