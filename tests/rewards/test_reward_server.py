@@ -201,7 +201,7 @@ def test_health_tells_strangers_nothing(server, served):
 
 
 def test_a_client_without_the_token_or_with_a_wrong_name_is_told(served, monkeypatch):
-    with pytest.raises(ValueError, match="it serves jpeg_compressibility, brightness, size"):
+    with pytest.raises(ValueError, match="it serves jpeg_compressibility, brightness, diversity, size"):
         served("ocr")
     with pytest.raises(RewardError, match="token_env"):
         served("size", token_env="NOTHING_HERE")
@@ -261,4 +261,4 @@ def test_the_server_ends_with_its_parent(tmp_path):
     )
     process.stdout.readline()
     process.stdin.close()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
