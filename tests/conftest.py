@@ -1,6 +1,7 @@
 """Settings of all tests: few quiet threads, no progress bars, reproducible examples, no network."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,3 +21,11 @@ settings.load_profile("ddpo")
 def fixed_seed():
     """Tests draw their own data from the global generator: the same in every run and order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A finished `ddpo train` ignores SIGUSR1 from then on, which processes started by later tests would inherit."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
