@@ -241,9 +241,9 @@ class Policy:
             module = self.denoiser.module
             other.call = read_call(self.pipeline, module, sampler)
             other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
-            other._decoder = self._decoder.with_call(other.call)
             with self._decoder.auxiliaries():
                 other._read_pipeline()
+            other._decoder = self._decoder.with_call(other.call)
             other._encoder = other._make_encoder()
             other.denoiser.batch_sizes = self.denoiser.batch_sizes
             other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped

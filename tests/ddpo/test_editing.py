@@ -1,5 +1,7 @@
 """Pipelines that edit: an input image belongs to its prompt, in training as in the stock pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -103,6 +105,16 @@ def test_a_pipeline_that_takes_a_batchs_images_together_works_without_and_says_w
     policy.encode(["a cat"])
     with pytest.raises(ValueError, match="Flux2Pipeline hands its denoiser more for three prompts than for one"):
         policy.encode(["a cat"], images(1, (64, 64)))
+
+
+def test_decoding_under_another_sampler_gives_a_pipeline_without_input_images_none():
+    sampler = SamplerConfig(kind="ode", num_steps=2, height=64, width=64)
+    policy = Policy(tiny_flux2(), sampler=sampler)
+    latents = torch.randn(1, *policy.latent_shape)
+    other = policy.with_sampler(replace(sampler, num_steps=3))
+    with counting_calls(policy.pipeline.vae.encoder) as encoded:
+        assert torch.equal(other.decode(latents), policy.decode(latents))
+    assert not encoded
 
 
 def test_a_missing_or_damaged_image_is_named(tmp_path):
