@@ -115,12 +115,13 @@ class Decoder:
         for name, wanted in (("slicing", slicing), ("tiling", tiling)):
             if not wanted:
                 continue
+            refusal = ValueError(f"model.vae_{name} must be false: {type(vae).__name__} cannot do it")
+            if not isinstance(vae, AutoencoderMixin):
+                raise refusal
             try:
-                if not isinstance(vae, AutoencoderMixin):
-                    raise NotImplementedError
                 vae.enable_slicing() if name == "slicing" else vae.enable_tiling()
-            except NotImplementedError as error:
-                raise ValueError(f"model.vae_{name} must be false: {type(vae).__name__} cannot do it") from error
+            except NotImplementedError as error:  # diffusers' way to say so
+                raise refusal from error
 
     def _encode_prompt(self, prompt: list[str], *arguments: object, **options: object) -> object:
         """The encoding of empty prompts, computed once per batch size: the tail does not depend on it."""

@@ -4,7 +4,7 @@ Sample b is a function of the policy, its condition and seeds[b]: not of the bat
 process that draws it (to the rounding of the network's batched kernels).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,7 +99,7 @@ def _kl_to_reference(
     return kl
 
 
-def sample_seeds(run_seed: int, epoch: int, indices: range) -> Tensor:
+def sample_seeds(run_seed: int, epoch: int, indices: Sequence[int]) -> Tensor:
     """Seeds of the given samples of an epoch, (len(indices),) int64, non-negative.
 
     One SplitMix64 step (Steele et al., OOPSLA 2014) per coordinate: distinct (run, epoch, index) give distinct,

@@ -178,7 +178,8 @@ def _write_picture(value: object) -> dict[str, str]:
 
 def _with_pictures(metadata: list[dict[str, object]], max_bytes: int) -> list[Metadata]:
     """The metadata with the images in them, which share one size limit."""
-    budget, read = max_bytes, []
+    budget = max_bytes
+    read: list[Metadata] = []
     for b, entry in enumerate(metadata):
         values: dict[str, object] = {}
         for key, value in entry.items():
@@ -189,7 +190,7 @@ def _with_pictures(metadata: list[dict[str, object]], max_bytes: int) -> list[Me
             else:
                 values[key] = value
         read.append(values)
-    return list(read)
+    return read
 
 
 def _read_safetensors(body: bytes) -> tuple[dict[str, object], Tensor]:

@@ -99,7 +99,7 @@ Place = tuple[Prompt, int]
 """A prompt, and the index in the evaluation set whose noise its image has."""
 
 
-def name(place: Place) -> tuple[str, str, int]:
+def place_key(place: Place) -> tuple[str, str, int]:
     """What tells two places apart: text, input image and index."""
     prompt, index = place
     return (*_identity(prompt), index)
@@ -147,7 +147,7 @@ class Evaluator:
 
     def seeds(self, indices: Sequence[int]) -> Tensor:
         """Seeds of the given images, (len(indices),) int64."""
-        return torch.cat([sample_seeds(self._config.seed, 0, range(i, i + 1)) for i in indices])
+        return sample_seeds(self._config.seed, 0, indices)
 
     def places(self, prompts: Sequence[Prompt], num_images: int) -> "list[Place]":
         """Places of images of some prompts: where the evaluation has them, else behind the evaluation's."""

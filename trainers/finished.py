@@ -17,7 +17,7 @@ from rewards import RewardError, WeightedSum
 from trainers.checkpoint import Tensors, Values, load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
-from trainers.evaluation import Evaluation, Evaluator, Place, evaluation_prompts, name, sample_images
+from trainers.evaluation import Evaluation, Evaluator, Place, evaluation_prompts, place_key, sample_images
 from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
@@ -202,18 +202,19 @@ def _images(
         for rank in range(num_processes)
         for indices in evaluator.batches(rank, num_processes)
     ]
-    evaluated = {name(place) for batch in batches for place in batch}
-    others = [place for place in {name(place): place for place in wanted}.values() if name(place) not in evaluated]
+    evaluated = {place_key(place) for batch in batches for place in batch}
+    different = {place_key(place): place for place in wanted}
+    others = [place for key, place in different.items() if key not in evaluated]
     size = evaluator.batch_size
     batches += [others[start : start + size] for start in range(0, len(others), size)]
     made: dict[tuple[str, str, int], Tensor] = {}
     with mode:
         for batch in batches:
-            if not {name(place) for place in batch} & {name(place) for place in wanted}:
+            if not different.keys() & {place_key(place) for place in batch}:
                 continue
             trajectory = sample_images(
                 policy, [prompt for prompt, _ in batch], evaluator.seeds([place for _, place in batch])
             )
             images = policy.decode(trajectory.final).cpu()
-            made.update(zip((name(place) for place in batch), images, strict=True))
-    return torch.stack([made[name(place)] for place in wanted])
+            made.update(zip((place_key(place) for place in batch), images, strict=True))
+    return torch.stack([made[place_key(place)] for place in wanted])

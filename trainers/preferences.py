@@ -1,10 +1,11 @@
 """`ddpo rewards fit`, `pairs` and `label`: arguments, and the pictures of a run for the last two."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from trainers.commands.arguments import command
 
 if TYPE_CHECKING:  # `ddpo --help` imports nothing heavy
     from rewards.preferences.fitting import FitConfig
@@ -27,22 +28,7 @@ The folder then is a reward: {name: learned, options: {path: FOLDER, pessimism: 
 _SOURCE_HELP = "run folder (its evaluation pictures), or folder of pictures with metadata.jsonl"
 
 
-class Command(Protocol):
-    """Adds a subcommand, see `trainers.commands.arguments`."""
-
-    def __call__(
-        self,
-        commands: argparse._SubParsersAction,
-        name: str,
-        function: Callable[[argparse.Namespace, list[str]], int | None],
-        about: str,
-        *,
-        epilog: str | None = None,
-    ) -> argparse.ArgumentParser:
-        """Returns the subcommand's parser."""
-
-
-def add_commands(actions: argparse._SubParsersAction, command: Command) -> None:
+def add_preference_commands(actions: argparse._SubParsersAction) -> None:
     """Adds the three subcommands to `ddpo rewards`."""
     fitting = command(actions, "fit", _fit, "learn a reward from labelled pairs of pictures", epilog=_FIT_EPILOG)
     fitting.add_argument("pairs", type=Path, metavar="PAIRS", help="JSON lines")

@@ -12,6 +12,7 @@ whole, so that a run can go on in another mode or with another number of process
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ddpo import Policy
 from trainers.config import DistributedConfig
-from trainers.processes import Processes
+
+if TYPE_CHECKING:  # importing them loads diffusers and accelerate, which `trainers.preflight` does without
+    from ddpo import Policy
+    from trainers.processes import Processes
 
 
-def distribute(policy: Policy, config: DistributedConfig, processes: Processes) -> None:
+def distribute(policy: "Policy", config: DistributedConfig, processes: "Processes") -> None:
     """Gives every process the main process's weights, whole or its part of them; before an optimizer is made."""
     processes.broadcast(policy.trainable().values())
     if processes.count == 1 or config.strategy == "ddp":
@@ -57,7 +60,7 @@ def _sharded(network: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def gathered(policy: Policy, config: DistributedConfig) -> Iterator[None]:
+def gathered(policy: "Policy", config: DistributedConfig) -> Iterator[None]:
     """With `zero2`: weights once gathered are kept, for the time of a `with` block in which no weight changes."""
     modules = [module for network in policy.networks() for module in _sharded(network)]
     if config.strategy != "zero2" or not modules:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
+from rewards.preferences.pictures import parse_object
+
 _SHOWN = 10
 
 
@@ -82,7 +84,7 @@ def parse_pair(line: str, *, folder: Path, labelled: bool) -> Pair | None:
     Raises:
         ValueError: what is wrong with it.
     """
-    entry = _object(line)
+    entry = parse_object(line, wanted='an object such as {"prompt": "a cat", "a": "1.png", ...}')
     prompt, label = entry.get("prompt"), entry.get("label")
     if not isinstance(prompt, str):
         raise ValueError(f"'prompt' must be a text, got {prompt!r}")
@@ -144,16 +146,6 @@ def split_by_prompt(prompts: Sequence[str], shares: Sequence[float], *, seed: in
         part_of |= dict.fromkeys(order[start:stop], part)
         start = stop
     return [part_of.get(prompt, 0) for prompt in prompts]
-
-
-def _object(line: str) -> dict[str, object]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f'must be an object such as {{"prompt": "a cat", "a": "1.png", ...}}, got {line[:60]}')
-    return entry
 
 
 def _picture(entry: dict[str, object], name: str, folder: Path) -> Path:

@@ -54,13 +54,27 @@ def write_metadata(folder: Path, pictures: Sequence[Picture]) -> None:
     (folder / METADATA).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _picture(line: str, folder: Path) -> Picture:
+def parse_object(line: str, *, wanted: str) -> dict[str, object]:
+    """A JSON line.
+
+    Args:
+        line: its text.
+        wanted: what it must be, for the message.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"must be an object, got {line[:60]}")
+        raise ValueError(f"must be {wanted}, got {line[:60]}")
+    return entry
+
+
+def _picture(line: str, folder: Path) -> Picture:
+    entry = parse_object(line, wanted="an object")
     prompt, name = entry.get("prompt", entry.get("text")), entry.get("file_name")
     if not isinstance(prompt, str) or not isinstance(name, str):
         raise ValueError(f"needs the texts 'file_name' and 'prompt', got the keys {', '.join(entry) or 'none'}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from trainers.commands.arguments import command, mapping, positive
-from trainers.preferences import add_commands
+from trainers.preferences import add_preference_commands
 
 
 def add_reward_commands(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,7 @@ def add_reward_commands(commands: argparse._SubParsersAction) -> None:
     testing.add_argument("--options", type=mapping, metavar="JSON", help="options of the reward, for a single NAME")
     testing.add_argument("--prompt", metavar="TEXT", help="the prompt of the sample pictures")
     _add_rewards_serve(actions)
-    add_commands(actions, command)
+    add_preference_commands(actions)
 
 
 _SERVE_EPILOG = """\
