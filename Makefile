@@ -15,6 +15,8 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
+# The tests use one thread each; a file's tests share what they build.
+PYTEST_ARGS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
 CODE := ddpo rewards trainers scripts benchmarks tests
 
 demo: install
