@@ -23,7 +23,7 @@ from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream
-from trainers.report import shown_inputs, write_comparison
+from trainers.report import BEFORE_AFTER, shown_inputs, write_comparison
 from trainers.run import RunFolder
 from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
@@ -86,7 +86,7 @@ def sample_run(
     output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(after):
         to_pil(image).save(output / f"{i:03d}.png")
-    picture = output / "before_after.png"
+    picture = output / BEFORE_AFTER
     side_by_side(before, after, texts, old, new, inputs=shown_inputs(given, before)).save(picture)
     return picture
 

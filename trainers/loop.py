@@ -29,11 +29,12 @@ from trainers.config_io import load_resumed, to_yaml
 from trainers.evaluation import Evaluation
 from trainers.interruption import Interrupted, RunStopped
 from trainers.metrics import Stopwatch
+from trainers.model_card import write_model_card
 from trainers.overoptimisation import best_weights
 from trainers.pictures import caption, grid, save_curves, to_pil, with_inputs
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
-from trainers.report import epoch_line, epoch_row, scalars, shown_inputs, spread, write_comparison
+from trainers.report import BEFORE_AFTER, epoch_line, epoch_row, scalars, shown_inputs, spread, write_comparison
 from trainers.review import due, evaluate, is_overoptimised, lacks_evaluation
 from trainers.run import RunFolder, read_metrics
 from trainers.scoring import Scorer
@@ -269,8 +270,14 @@ def _finish(session: Session, *, stopped: bool) -> None:
     after = Evaluation.load(evaluations, chosen, texts).rescored(state.reward)
     shown = state.config.tracking.num_pictures
     table = write_comparison(run.path, before, after, num_pictures=shown, metadata=session.evaluator.metadata)
+    shutil.copy(run.path / BEFORE_AFTER, run.lora / BEFORE_AFTER)
+    epoch = int(chosen.removeprefix("epoch_"))
+    samples = epoch * state.config.batch.samples_per_epoch
+    write_model_card(
+        run.lora, state.policy, state.config, epoch=epoch, samples=samples, results=table, picture=BEFORE_AFTER
+    )
     save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
     pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in spread(len(texts), shown)]
     session.tracker.images("final", pictures, step=state.epoch)
     session.tracker.close()
-    print(f"\n{table}\n\npicture: {run.path / 'before_after.png'}\nweights: {run.lora}", flush=True)  # noqa: T201
+    print(f"\n{table}\n\npicture: {run.path / BEFORE_AFTER}\nweights: {run.lora}", flush=True)  # noqa: T201

@@ -18,6 +18,7 @@ from trainers.run import Metric
 from trainers.state import TrainState
 from trainers.update import UpdateReport
 
+BEFORE_AFTER = "before_after.png"
 WALL_CLOCK = ("seconds/", "time/", "images_per_second", "memory_gib")
 
 
@@ -142,7 +143,7 @@ def write_comparison(
         after.values["reward"][shown].tolist(),
         inputs=None if metadata is None else shown_inputs([metadata[i] for i in shown], before.images),
     )
-    picture.save(folder / "before_after.png")
+    picture.save(folder / BEFORE_AFTER)
     return table
 
 

@@ -16,6 +16,7 @@ from trainers.checkpoint import CheckpointError, save_checkpoint
 from trainers.config import Config
 from trainers.ema import Ema
 from trainers.evaluation_sampler import write_samplers
+from trainers.model_card import write_model_card
 from trainers.optimizers import load_optimizer, make_optimizer, optimizer_tensors, reset_optimizer
 from trainers.processes import Processes
 from trainers.prompts import PromptStream
@@ -132,9 +133,10 @@ class TrainState:
             self._write(folder, used)
 
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Weights in diffusers' format, and both samplers beside them."""
+        """Weights in diffusers' format, with both samplers and a card beside them."""
         self.policy.save(folder, weights)
         write_samplers(folder, rollout=self.config.sampler, evaluation=self.config.evaluation_sampler)
+        write_model_card(folder, self.policy, self.config, epoch=self.epoch, samples=self.samples)
 
     def snapshot(self) -> Snapshot:
         """A copy of everything that an epoch changes, in host memory."""
