@@ -34,8 +34,8 @@ class LoraConfig:
 
     Attributes:
         rank: Rank r of each update B @ A.
-        alpha: Scale; the update is (alpha / rank) B @ A. None takes `rank`, i.e. a scale of 1.
-        target_modules: Suffixes of the linear or convolution layers to adapt; None takes the attention projections.
+        alpha: Scale; the update is (alpha / rank) B @ A. null takes `rank`, i.e. a scale of 1.
+        target_modules: Suffixes of the linear or convolution layers to adapt; null takes the attention projections.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -51,9 +51,9 @@ class SamplerConfig:
         num_steps: Denoising steps T.
         eta: Noise level, 0 for none; 1 with `ddpm`.
         guidance_scale: Classifier-free guidance; 1 for none.
-        height: Image height in pixels, given with the width; None takes the pipeline's own.
-        width: Image width in pixels, given with the height; None takes the pipeline's own.
-        num_frames: Frames of a video pipeline; None takes the pipeline's own.
+        height: Image height in pixels, given with the width; null takes the pipeline's own.
+        width: Image width in pixels, given with the height; null takes the pipeline's own.
+        num_frames: Frames of a video pipeline; null takes the pipeline's own.
         guidance_rescale: How far guided outputs are brought back to the spread of the conditional ones, in [0, 1]
             (Lin et al., arXiv:2305.08891, section 3.4), for pipelines that offer it (Stable Diffusion, SDXL).
         stochastic_steps: Which steps have noise and are trained; the others follow the ODE.

@@ -2,7 +2,7 @@
 
 A model is named in one of these ways:
 
-    model ViT-L-14, pretrained openai             an architecture and a weights tag of open_clip, downloaded
+    model ViT-L-14-quickgelu, pretrained openai   an architecture and a weights tag of open_clip, downloaded
     model ViT-L-14, pretrained /data/weights.pt    an architecture and a local file (.pt, .safetensors)
     model local-dir:/data/folder                   open_clip_config.json and weights, with the tokenizer if it has one
     model hf-hub:owner/name                        the same from the Hugging Face hub, at a pinned revision
@@ -117,8 +117,10 @@ def _find_weights(open_clip: ModuleType, reward: str, model: str, pretrained: st
         raise ValueError(f"reward {reward!r}: open_clip has no model {model!r}; open_clip.list_models() names them")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained in tags:
+        published = open_clip.get_pretrained_cfg(model, pretrained)
+        _check_activation(open_clip, reward, model, pretrained, published)
         try:
-            path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, pretrained))
+            path = open_clip.download_pretrained(published)
         except Exception as error:
             raise ValueError(
                 f"reward {reward!r} needs the open_clip weights {model} {pretrained}, which could not be downloaded "
@@ -134,6 +136,17 @@ def _find_weights(open_clip: ModuleType, reward: str, model: str, pretrained: st
         f"reward {reward!r}: {pretrained!r} is neither a file nor a weights tag of {model} "
         f"({', '.join(tags) or 'it has none'})"
     )
+
+
+def _check_activation(
+    open_clip: ModuleType, reward: str, model: str, pretrained: str, published: dict[str, object]
+) -> None:
+    """Refuses weights trained with an activation that the model is built without: open_clip only warns of it."""
+    if published.get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
+        raise ValueError(
+            f"reward {reward!r}: the weights {pretrained} of {model} were trained with QuickGELU, which {model} is "
+            f"built without, so every score would be wrong; set the option model: {model}-quickgelu"
+        )
 
 
 def _preprocessing(config: dict[str, object], fit: Fit | None) -> Preprocessing:

@@ -43,7 +43,7 @@ class PolicyGradientConfig:
             for the change of the policy within an epoch by the importance ratio, and clips it.
         ratio: `joint` is the true ratio of a step's densities. `per_dimension` is its D-th root (D the number of latent
             dimensions), which is what DDPO and Flow-GRPO clip.
-        clip_range: Half-width of the clip around 1; None takes 0.2 for `joint`, 1e-4 for `per_dimension` (DDPO's).
+        clip_range: Half-width of the clip around 1; null takes 0.2 for `joint`, 1e-4 for `per_dimension` (DDPO's).
         train_guidance: `same` trains the guided policy that was sampled from. `none` trains the conditional branch
             alone, at half the cost; the samples then come from another policy, which is an approximation.
         step_fraction: Share of each sample's stochastic steps that is trained on, drawn anew per inner epoch.

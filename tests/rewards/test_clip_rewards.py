@@ -196,6 +196,11 @@ def test_weights_that_cannot_be_downloaded_say_which_and_how_to_get_them(monkeyp
         resolve("aesthetic", options={"model": tiny.NAME, "pretrained": str(clip[1] / "weights.pt")})
 
 
+def test_weights_of_another_activation_are_refused_before_a_download():
+    with pytest.raises(ValueError, match="openai of ViT-L-14 were trained with QuickGELU.*model: ViT-L-14-quickgelu$"):
+        resolve("clip_score", options={"model": "ViT-L-14", "pretrained": "openai"})
+
+
 def test_hub_files_that_cannot_be_downloaded_say_which_and_how_to_get_them(monkeypatch):
     import huggingface_hub.constants
 
