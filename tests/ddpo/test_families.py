@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from ddpo import LoraConfig, Policy, SamplerConfig, rollout
+from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.input_images import probe_images
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import recording
@@ -65,10 +65,13 @@ FAMILIES = {
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make(family, kind=None):
+LORA = LoraConfig(rank=2)
+
+
+def make(family, kind=None, *, adapter=LORA, precision="fp32"):
     spec = FAMILIES[family]
     config = SamplerConfig(kind=kind or spec.sampler, num_steps=3, guidance_scale=spec.guidance, **spec.options)
-    return Policy(spec.build(), sampler=config, adapter=LoraConfig(rank=2))
+    return Policy(spec.build(), sampler=config, adapter=adapter, precision=precision)
 
 
 def stock(family):
@@ -129,6 +132,14 @@ def test_log_probs_of_mixed_steps_equal_the_rollouts(family):
     difference.sum().backward()
     unused = {name.split(".lora_")[0] for name, value in policy.trainable().items() if value.grad is None}
     assert unused == FAMILIES[family].unused
+
+
+@every_family
+@pytest.mark.parametrize("adapter", [LORA, FullConfig()], ids=["lora", "full"])
+def test_kl_to_the_pretrained_model_is_exactly_zero_at_initialisation_in_bfloat16(family, adapter):
+    policy = make(family, adapter=adapter, precision="bf16")
+    trajectory = rollout(policy, encode(policy), torch.arange(2), with_kl=True)
+    assert trajectory.kl.eq(0).all()
 
 
 @every_family
