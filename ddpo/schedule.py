@@ -53,6 +53,8 @@ class Schedule:
         std: Standard deviation of the step, (T,), in latent units.
         stochastic: Whether std > 0, (T,) bool. Other steps are no decisions of the policy: part of the environment.
         clip: Predicted x0 is clamped to [-clip, clip]; None for no clamping.
+        consistent: Whether eps_hat is made to fit the clamped x0_hat, eps_hat = (x - a x0_hat) / s, at every step: as
+            in DDPM's posterior, a function of x0_hat and x (DDIMScheduler's `use_clipped_model_output`).
     """
 
     model_time: Tensor
@@ -63,6 +65,7 @@ class Schedule:
     std: Tensor
     stochastic: Tensor
     clip: float | None = None
+    consistent: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -85,6 +88,7 @@ class Schedule:
             std=self.std.to(device, dtype),
             stochastic=self.stochastic.to(device),
             clip=self.clip,
+            consistent=self.consistent,
         )
 
 
@@ -168,6 +172,9 @@ def noise_grid(scheduler: "SchedulerMixin") -> Grid:
 
     Args:
         scheduler: As returned by `training_scheduler`, after `set_timesteps`.
+
+    Raises:
+        ValueError: The chain starts without signal, where a prediction of the noise says nothing of the image.
     """
     if is_flow_matching(scheduler):
         sigmas = scheduler.sigmas.double().cpu()
@@ -176,6 +183,13 @@ def noise_grid(scheduler: "SchedulerMixin") -> Grid:
     previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alphas = scheduler.alphas_cumprod.double().cpu()
     start = alphas[timesteps]
+    if scheduler.config.prediction_type == "epsilon" and (start == 0).any():
+        raise ValueError(
+            "the scheduler starts at zero signal (rescale_betas_zero_snr: true with timestep_spacing: "
+            f"{scheduler.config.timestep_spacing}), but the model predicts the noise (prediction_type: epsilon), and "
+            "x0 = (x - s eps) / a is not defined there. Set timestep_spacing: leading or rescale_betas_zero_snr: false "
+            "in the scheduler's config, or take a model with prediction_type: v_prediction."
+        )
     final = torch.as_tensor(scheduler.final_alpha_cumprod).double().cpu()
     end = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
     return Grid(a=start.sqrt(), s=(1 - start).sqrt(), a_next=end.sqrt(), s_next=(1 - end).sqrt())

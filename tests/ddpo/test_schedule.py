@@ -93,3 +93,20 @@ def test_vp_grid_has_unit_variance():
     grid = noise_grid(scheduler)
     torch.testing.assert_close(grid.a**2 + grid.s**2, torch.ones(13, dtype=torch.float64))
     torch.testing.assert_close(grid.a_next**2 + grid.s_next**2, torch.ones(13, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_a_noise_prediction_at_zero_terminal_signal_is_refused_with_the_cure(spacing):
+    scheduler = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=f"timestep_spacing: {spacing}.*Set timestep_spacing: leading"):
+        noise_grid(scheduler)
+
+
+@pytest.mark.parametrize(("spacing", "prediction"), [("leading", "epsilon"), ("trailing", "v_prediction")])
+def test_zero_terminal_signal_is_no_matter_where_nothing_is_divided_by_it(spacing, prediction):
+    scheduler = DDIMScheduler(
+        **BETAS, rescale_betas_zero_snr=True, timestep_spacing=spacing, prediction_type=prediction
+    )
+    scheduler.set_timesteps(10)
+    assert noise_grid(scheduler).s.isfinite().all()
