@@ -135,17 +135,26 @@ def training_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
         # Solvers without these two options never clip, but DDIMScheduler's own default would clip latents to [-1, 1].
         overrides["clip_sample"] = scheduler.config.get("clip_sample", False)
         overrides["set_alpha_to_one"] = scheduler.config.get("set_alpha_to_one", False)
-        # from_config leaves out what equals the other class's defaults, which are not DDIMScheduler's.
-        overrides |= {
-            key: scheduler.config[key] for key in ("timestep_spacing", "steps_offset") if key in scheduler.config
-        }
-    ddim = DDIMScheduler.from_config(scheduler.config, **overrides)
+    # from_config would leave out what was left at the other class's defaults, which are not DDIMScheduler's.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    ddim = DDIMScheduler.from_config(config, **overrides)
     if ddim.config.thresholding:
         raise ValueError(
             "scheduler option thresholding: true is not supported: the quantile makes the step's mean depend on the "
             "whole image in a way that has no stable gradient. Set thresholding: false in the scheduler's config."
         )
+    _keep_alphas(scheduler, ddim)
     return ddim
+
+
+def _keep_alphas(scheduler: "SchedulerMixin", ddim: "SchedulerMixin") -> None:
+    """Gives `ddim` the other's alphas where no option of DDIMScheduler does, as CogVideoX's and unCLIP's."""
+    alphas = scheduler.alphas_cumprod.cpu()
+    if torch.allclose(ddim.alphas_cumprod.double(), alphas.double(), rtol=1e-4, atol=1e-6):
+        return
+    ddim.alphas_cumprod = alphas.clone()
+    if not ddim.config.set_alpha_to_one:
+        ddim.final_alpha_cumprod = alphas[0]
 
 
 def flow_matching_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":

@@ -3,9 +3,13 @@
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -236,6 +240,43 @@ def tiny_wan(*, seed=0):
             rope_max_seq_len=32,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def tiny_cogvideox(*, seed=0):
+    """CogVideoX: a scheduler of its own, whose noise schedule has a shifted signal-to-noise ratio."""
+    torch.manual_seed(seed)
+    tokenizer, encoder = tiny_t5()
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        ).eval(),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=2,
+            text_embed_dim=32,
+            num_layers=1,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=9,
+        ).eval(),
+        scheduler=CogVideoXDDIMScheduler(
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+        ),
     )
 
 

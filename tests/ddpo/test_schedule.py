@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -10,7 +11,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -36,6 +42,19 @@ def test_other_vp_solvers_keep_their_noise_schedule_and_prediction(solver, predi
     assert prediction_type(converted) == prediction
     assert converted.config.timestep_spacing == scheduler.config.timestep_spacing
     assert converted.config.steps_offset == scheduler.config.steps_offset
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [*SOLVERS, CogVideoXDDIMScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler, TCDScheduler,
+     UnCLIPScheduler],
+)  # fmt: skip
+def test_a_solver_left_at_its_own_defaults_keeps_its_noise_schedule(solver):
+    scheduler = solver()
+    converted = training_scheduler(training_scheduler(scheduler))
+    torch.testing.assert_close(converted.alphas_cumprod.double(), scheduler.alphas_cumprod.double(), rtol=0, atol=1e-7)
+    if not converted.config.set_alpha_to_one:
+        assert converted.final_alpha_cumprod == converted.alphas_cumprod[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
