@@ -188,8 +188,7 @@ class Denoiser:
     def _stacked(
         self, x: Tensor, time: Tensor, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        both = {name: ragged.concatenate([first[name], second[name]]) for name in first}
-        one, two = self._call(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+        one, two = self._call(torch.cat([x, x]), torch.cat([time, time]), ragged.join([first, second])).chunk(2)
         return one, two
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -25,8 +25,8 @@ from ddpo.tracing import Step, UntraceableError, beside_noise
 FOREIGN_INPUTS = ("mask_image", "control_image", "init_image")
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
 
-# Of unequal lengths, the last the longest, to see what depends on them; short: some text encoders take few tokens.
-PROBE_PROMPTS = ("a", "a b", "a b c")
+# Of unequal lengths, to see what depends on them; the last is long, as some pipelines pad to a multiple of 16 tokens.
+PROBE_PROMPTS = ("a", "a b", " ".join(["a b c"] * 20))
 
 
 @dataclass(frozen=True, kw_only=True)

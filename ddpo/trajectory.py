@@ -59,12 +59,11 @@ class Condition:
     @staticmethod
     def concatenate(parts: "Sequence[Condition]") -> "Condition":
         """All rows of `parts`, in order."""
-        first = parts[0]
         return Condition(
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
             metadata=tuple(entry for part in parts for entry in part.metadata),
-            positive={name: ragged.concatenate([part.positive[name] for part in parts]) for name in first.positive},
-            negative={name: ragged.concatenate([part.negative[name] for part in parts]) for name in first.negative},
+            positive=ragged.join([part.positive for part in parts]),
+            negative=ragged.join([part.negative for part in parts]),
         )
 
 

@@ -10,6 +10,8 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -29,9 +31,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     MistralConfig,
     MistralModel,
     PreTrainedTokenizerFast,
@@ -277,6 +282,33 @@ def tiny_cogvideox(*, seed=0):
             snr_shift_scale=3.0,
             timestep_spacing="trailing",
         ),
+    )
+
+
+def tiny_cogview4(*, seed=0):
+    """CogView4: embeddings padded to a multiple of 16 tokens of the longest prompt, without a mask."""
+    torch.manual_seed(seed)
+    tokenizer, encoder = language_model(GlmModel, GlmConfig, hidden_size=16, head_dim=8)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=tiny_vae(),
+        transformer=CogView4Transformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            out_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=16,
+            condition_dim=8,
+            sample_size=16,
+            pos_embed_max_size=32,
+            rope_axes_dim=(64, 64),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, time_shift_type="linear"),
     )
 
 

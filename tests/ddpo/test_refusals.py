@@ -18,7 +18,7 @@ from ddpo import Policy, SamplerConfig, UntraceableError
 from ddpo.loading import load_pipeline
 from ddpo.samplers import default_sampler
 from ddpo.schedule import flow_matching_scheduler
-from tests.ddpo.more_families import tiny_ddpm, tiny_wan
+from tests.ddpo.more_families import tiny_cogview4, tiny_ddpm, tiny_wan
 from tests.ddpo.tools import SIZE
 from tests.tiny import tiny_stable_diffusion
 
@@ -95,6 +95,12 @@ def test_a_pipeline_that_switches_transformers_is_refused():
     pipeline = WanPipeline(**{**stock.components, "transformer_2": tiny_wan(seed=1).transformer}, boundary_ratio=0.5)
     with pytest.raises(UntraceableError, match="WanPipeline switches between transformer and transformer_2; use one"):
         Policy(pipeline, sampler=ODE)
+
+
+def test_embeddings_padded_to_a_multiple_of_tokens_without_a_mask_are_refused():
+    """CogView4's are 16 tokens long for all short prompts, and as long as the longest of a batch for others."""
+    with pytest.raises(UntraceableError, match="encoder_hidden_states of CogView4.* longest prompt, and 0 masks"):
+        Policy(tiny_cogview4(), sampler=SamplerConfig(kind="ode", num_steps=2, **SIZE))
 
 
 def test_an_unsupported_scheduler_is_refused_with_what_is_supported():
