@@ -9,7 +9,7 @@ Pipelines differ in the names of the same few things; they are read from the sig
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpo.input_images import DEFAULT_SIDE, IMAGE, probe_images
 from ddpo.samplers import SamplerConfig
-from ddpo.tracing import Step, UntraceableError, beside_noise
+from ddpo.tracing import Step, UntraceableError, beside_noise, same
 
 FOREIGN_INPUTS = ("mask_image", "control_image", "init_image")
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
@@ -208,10 +208,26 @@ def probe(
         raise UntraceableError(f"{name} calls its denoiser differently at different steps; one rule must fit all")
     if any(not torch.equal(beside_noise(step), beside_noise(steps[0])) for step in steps):
         raise UntraceableError(f"{name} changes what stands beside the noise from step to step; it must stay the same")
+    changing = next((argument for step in steps for argument in _differing(steps[0], step)), None)
+    if changing is not None:
+        raise UntraceableError(f"{name} changes {changing} of its denoiser from step to step; it must stay the same")
+    if any(not torch.equal(step.model_output, steps[0].model_output) for step in steps):
+        raise UntraceableError(
+            f"{name} guides differently at different steps: of the same denoiser outputs it makes others; one rule "
+            "must fit all"
+        )
     scheduled = len(pipeline.scheduler.timesteps)
     if len(steps) != scheduled:
         raise UntraceableError(f"{name} makes {len(steps)} steps where its scheduler has {scheduled}")
     return steps, one, three
+
+
+def _differing(step: Step, other: Step) -> Iterator[str]:
+    """Names of the arguments that the denoiser's calls at two steps do not share."""
+    for call, later in zip(step.calls, other.calls, strict=True):
+        for name in {**call.arguments, **later.arguments}:
+            if not same(call.arguments.get(name), later.arguments.get(name)):
+                yield name
 
 
 def _guidance(parameters: Mapping[str, inspect.Parameter], denoiser: ModelMixin) -> str | None:

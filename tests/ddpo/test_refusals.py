@@ -63,6 +63,36 @@ class LateGuidance(StableDiffusionPipeline):
         return (latents,)
 
 
+class FadingPrompt(StableDiffusionPipeline):
+    """Its text embeddings fade from step to step."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for index, t in enumerate(self.scheduler.timesteps):
+            faded = embeddings * (1 - index / num_inference_steps)
+            output = self.unet(latents, t, encoder_hidden_states=faded).sample
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+class FadingGuidance(StableDiffusionPipeline):
+    """Its guidance scale falls from step to step, with the same calls of the denoiser."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings = torch.cat(self.encode_prompt(prompt, "cpu", 1, True)[::-1])
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for index, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(torch.cat([latents, latents]), t, encoder_hidden_states=embeddings).sample
+            negative, positive = output.chunk(2)
+            scale = guidance_scale * (1 - index / num_inference_steps)
+            guided = negative + scale * (positive - negative)
+            latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
 class SkipsSteps(StableDiffusionPipeline):
     def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
         embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
@@ -82,6 +112,8 @@ class SkipsSteps(StableDiffusionPipeline):
         (WithoutScheduler, "WithoutScheduler has no scheduler"),
         (StylePipeline, "timestep_cond of UNet2DConditionModel depends on the prompts"),
         (LateGuidance, "LateGuidance calls its denoiser differently at different steps"),
+        (FadingPrompt, "FadingPrompt changes encoder_hidden_states of its denoiser from step to step"),
+        (FadingGuidance, "FadingGuidance guides differently at different steps"),
         (SkipsSteps, "SkipsSteps makes 1 steps where its scheduler has 2"),
     ],
 )
