@@ -101,7 +101,6 @@ class Encoder:
             )
             self._branches[key] = (positive, negative)
 
-
     def _check_shapes(self, condition: Condition) -> None:
         """Refuses rows as long as what was encoded together: without a length, padding cannot be told from a prompt."""
         for side, tensors in (("positive", condition.positive), ("negative", condition.negative)):

@@ -201,10 +201,10 @@ def make_schedule(
         raise ValueError(f"sampler.kind {config.kind!r} does not fit a {family} model; use one of {', '.join(fitting)}")
     rising = torch.nonzero(grid.s_next > grid.s).flatten().tolist()
     if rising:
-        k = rising[0]
+        before, after = float(grid.s[rising[0]]), float(grid.s_next[rising[0]])
         raise ValueError(
-            f"the scheduler's noise level rises from {float(grid.s[k]):.4g} to {float(grid.s_next[k]):.4g} at step {k}; "
-            "a policy goes from noise to an image: give the pipeline a scheduler whose noise falls "
+            f"the scheduler's noise level rises from {before:.4g} to {after:.4g} at step {rising[0]}, "
+            "and a policy goes from noise to an image: give the pipeline a scheduler whose noise falls "
             "(FlowMatchEulerDiscreteScheduler with invert_sigmas: false)"
         )
     std_rule, direction_rule = RULES[config.kind]

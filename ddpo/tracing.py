@@ -1,9 +1,9 @@
 """Learns how a stock diffusers pipeline calls its denoiser, by running it once with the expensive parts hollowed out.
 
-The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns fixed numbers and its scheduler's
-`step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument
-of every denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes
-the same calls itself, so that no model family needs code of its own.
+The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns fixed numbers and its
+scheduler's `step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows
+every argument of every denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The
+policy then makes the same calls itself, so that no model family needs code of its own.
 """
 
 import inspect

@@ -136,7 +136,7 @@ def test_embeddings_whose_length_depends_on_the_prompt_unnoticed_are_refused_whe
         return positive[:, :length], negative[:, :length]
 
     policy.pipeline.encode_prompt = cut
-    with pytest.raises(UntraceableError, match=r"StableDiffusionPipeline makes encoder_hidden_states of shape \(70, 32"):
+    with pytest.raises(UntraceableError, match=r"Pipeline makes encoder_hidden_states of shape \(70, 32"):
         if together:
             policy.encode(["a cat", "two dogs"], chunk_size=1)
         else:
