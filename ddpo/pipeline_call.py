@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
-from torch import Tensor
 
 from ddpo.input_images import DEFAULT_SIDE, IMAGE, probe_images
 from ddpo.samplers import SamplerConfig
@@ -39,7 +38,6 @@ class PipelineCall:
         num_steps: Denoising steps.
         guidance_scale: Guidance as the pipeline defines it.
         fixed: Arguments that are always the same, such as height and width.
-        takes_latents: Whether initial latents can be given.
         image_size: (width, height) of the input image that belongs to every prompt, in pixels; None for a pipeline
             from prompts alone.
         no_images: Why there are no input images, for messages; empty with them.
@@ -50,7 +48,6 @@ class PipelineCall:
     num_steps: int
     guidance_scale: float
     fixed: Mapping[str, object]
-    takes_latents: bool
     image_size: tuple[int, int] | None = None
     no_images: str = ""
 
@@ -61,7 +58,6 @@ class PipelineCall:
         output_type: str,
         images: Sequence[Image] | None = None,
         generator: torch.Generator | None = None,
-        latents: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> dict[str, object]:
@@ -72,7 +68,6 @@ class PipelineCall:
             output_type: `latent` for final latents, `pt` for images in [0, 1].
             images: B input images of `image_size`; with an `image_size` only, and needed there.
             generator: Of the initial latents.
-            latents: Initial latents instead, where `takes_latents`.
             num_steps: Default as configured.
             guidance_scale: Default as configured.
         """
@@ -92,8 +87,6 @@ class PipelineCall:
             given["negative_prompt"] = [BLANK] * len(prompts)
         if generator is not None:
             given["generator"] = generator
-        if latents is not None:
-            given["latents"] = latents
         return given
 
 
@@ -140,7 +133,6 @@ def read_call(
         num_steps=sampler.num_steps,
         guidance_scale=sampler.guidance_scale,
         fixed=fixed,
-        takes_latents="latents" in parameters,
         no_images=no_images or f"{name} takes no image",
     )
     return _with_images(call, parameters) if IMAGE in parameters and not no_images else call

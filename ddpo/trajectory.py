@@ -134,7 +134,6 @@ class Experience:
     Attributes:
         trajectory: B samples.
         scores: Total reward, (B,).
-        components: Raw reward components by name, each (B,).
         advantages: (B, T), the reward minus its baseline minus the KL cost-to-go, divided by the advantage scale.
         kl_weight: Weight of each sample's own per-step KL in the loss, (B,); alpha over the advantage scale.
         groups: Which samples share a prompt slot, (B,) int64.
@@ -143,7 +142,6 @@ class Experience:
 
     trajectory: Trajectory
     scores: Tensor
-    components: dict[str, Tensor]
     advantages: Tensor
     kl_weight: Tensor
     groups: Tensor
