@@ -43,7 +43,8 @@ class AdvantageConfig:
     Attributes:
         baseline: `group` subtracts the mean over the other samples of the prompt in this batch (GRPO's groups, RLOO's
             mean); `prompt` a running mean over the other ones of the prompt's last `buffer_size` scores (DDPO), this
-            batch's among them, as with `batch` until `min_count` are known; `batch` the mean over the other samples of the whole batch.
+            batch's among them, as with `batch` until `min_count` are known; `batch` the mean over the other samples of
+            the whole batch.
         scale: `std` divides by the standard deviation of the population of the baseline, `batch_std` by that of the
             whole batch, `none` does not divide. The KL weight is divided by the same number, so that alpha keeps its
             meaning (reward units per nat); with `std` prompts weigh the more the less their scores vary.
