@@ -23,7 +23,7 @@ group mean here leaves the sample itself out, a factor G / (G - 1) that the last
 B samples, T steps, G samples a group.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -42,8 +42,9 @@ class AdvantageConfig:
 
     Attributes:
         baseline: `group` subtracts the mean over the other samples of the prompt in this batch (GRPO's groups, RLOO's
-            mean); `prompt` a running mean of the prompt's last `buffer_size` scores (DDPO), the batch's until
-            `min_count` are known; `batch` the mean over the other samples of the whole batch.
+            mean); `prompt` a running mean over the other ones of the prompt's last `buffer_size` scores (DDPO), this
+            batch's among them, as with `batch` until `min_count` are known; `batch` the mean over the other samples of
+            the whole batch.
         scale: `std` divides by the standard deviation of the population of the baseline, `batch_std` by that of the
             whole batch, `none` does not divide. The KL weight is divided by the same number, so that alpha keeps its
             meaning (reward units per nat); with `std` prompts weigh the more the less their scores vary.
@@ -138,7 +139,7 @@ class AdvantageEstimator:
         if self.config.combination == "gdpo":
             centered, std = self._decoupled(parts, population, batch)
         elif self.config.baseline == "prompt":
-            centered, std = self._running(scores, prompts)
+            centered, std = self._running(scores, prompts, batch)
         else:
             centered, std = leave_one_out(scores, population), _std(scores, population)
         scale = std if self.config.combination == "gdpo" else self._scale(scores, batch, std)
@@ -175,19 +176,24 @@ class AdvantageEstimator:
             total = total + weight * own
         return total - total.mean(), _std(total, batch)
 
-    def _running(self, scores: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Scores minus their prompt's running mean, and its std, (B,) each, this epoch's scores included (DDPO)."""
+    def _running(self, scores: Tensor, prompts: Sequence[str], batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores minus the mean of the others that are remembered of their prompt, and the std of all, (B,) each.
+
+        DDPO's running mean has this epoch's scores, and the sample itself, in it.
+        """
         for prompt, score in zip(prompts, scores.tolist(), strict=True):
             self._history.setdefault(prompt, deque(maxlen=self.config.buffer_size)).append(score)
-        mean, std = scores.mean(), scores.std(correction=0)
-        means, stds = [], []
-        for prompt in prompts:
-            own = self._history[prompt]
-            known = len(own) >= self.config.min_count
-            values = scores.new_tensor(list(own)) if known else None
-            means.append(mean if values is None else values.mean())
-            stds.append(std if values is None else values.std(correction=0))
-        return scores - torch.stack(means), torch.stack(stds)
+        centered, std = leave_one_out(scores, batch), _std(scores, batch)
+        later = Counter(prompts)
+        for b, prompt in enumerate(prompts):
+            later[prompt] -= 1
+            own = scores.new_tensor(list(self._history[prompt]))
+            if len(own) < self.config.min_count:
+                continue
+            remembered = later[prompt] < self.config.buffer_size  # else later samples pushed this one out
+            others = len(own) / (len(own) - 1) if remembered else 1.0
+            centered[b], std[b] = (scores[b] - own.mean()) * others, own.std(correction=0)
+        return centered, std
 
     def state_dict(self) -> dict[str, list[float]]:
         """Remembered scores by prompt."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddpo import ragged
 from ddpo.guidance import GuidanceRule
 from ddpo.ragged import LENGTH
-from ddpo.tracing import Call, Step, UntraceableError, beside_noise, call_names, unflatten
+from ddpo.tracing import Call, Step, UntraceableError, beside_noise, call_names, same, unflatten
 from ddpo.trajectory import Condition
 
 BESIDE = "beside the noise"  # an argument's name that no denoiser has
@@ -101,7 +101,7 @@ class Denoiser:
             rows = [call.latents.shape[0] for call in (*two.calls, *three.calls)]
             if isinstance(value, list) and all(_repeats(v, value[:1], n) for v, n in zip(found, rows, strict=True)):
                 self.repeated[name] = self.shared.pop(name)[0]  # type: ignore[index]
-            elif not all(_equal(value, other) for other in found):
+            elif not all(same(value, other) for other in found):
                 raise UntraceableError(
                     f"argument {name} of {type(self.module).__name__} depends on the prompts or differs between the "
                     "guidance branches, but has no row for each sample"
@@ -188,8 +188,7 @@ class Denoiser:
     def _stacked(
         self, x: Tensor, time: Tensor, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        both = {name: ragged.concatenate([first[name], second[name]]) for name in first}
-        one, two = self._call(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+        one, two = self._call(torch.cat([x, x]), torch.cat([time, time]), ragged.join([first, second])).chunk(2)
         return one, two
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -276,14 +275,6 @@ def _others(call: Call, per_sample: frozenset[str]) -> dict[str, object]:
 def _repeats(value: object, first: list[object], rows: int) -> bool:
     """Whether a value is `rows` copies of the one entry of `first`, which is no tensor."""
     return isinstance(value, list) and len(first) == 1 and not torch.is_tensor(first[0]) and value == first * rows
-
-
-def _equal(value: object, other: object) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
-        return len(value) == len(other) and all(_equal(*pair) for pair in zip(value, other, strict=True))
-    return type(value) is type(other) and bool(value == other)
 
 
 def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

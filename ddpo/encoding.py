@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpo import ragged
 from ddpo.input_images import IMAGE, fit, identity, read_image, rewards_metadata
 from ddpo.pipeline_call import PipelineCall
+from ddpo.tracing import UntraceableError
 from ddpo.trajectory import Condition
 
 IMAGES_AT_ONCE = 2  # a VAE needs far more memory for a picture than a text encoder for a prompt
@@ -48,6 +49,7 @@ class Encoder:
         self._device = device
         self._branches: dict[Key, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._images: dict[str, Image] = {}
+        self._shapes: dict[tuple[str, str], torch.Size] = {}
 
     def __call__(
         self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None, *, chunk_size: int
@@ -64,9 +66,7 @@ class Encoder:
         for chunk in _chunks([key for key in dict.fromkeys(keys) if key not in self._branches], chunk_size):
             self._remember(chunk)
         rows = [self._branches[key] for key in keys]
-        positive, negative = (
-            {name: ragged.stack([row[side][name] for row in rows]) for name in rows[0][side]} for side in (0, 1)
-        )
+        positive, negative = (ragged.collate([row[side] for row in rows]) for side in (0, 1))
         stored = Condition(prompts=tuple(prompts), metadata=given, positive=positive, negative=negative)
         return stored.to(self._device)
 
@@ -93,12 +93,25 @@ class Encoder:
     def _remember(self, keys: Sequence[Key]) -> None:
         images = [self._images[image] for _, image in keys] if self._call.image_size is not None else None
         condition = self._encode([prompt for prompt, _ in keys], images)
+        self._check_shapes(condition)
         for row, key in enumerate(keys):
             positive, negative = (
                 ragged.trim({name: self._store(value[row].detach()) for name, value in side.items()})
                 for side in (condition.positive, condition.negative)
             )
             self._branches[key] = (positive, negative)
+
+    def _check_shapes(self, condition: Condition) -> None:
+        """Refuses rows as long as what was encoded together: without a length, padding cannot be told from a prompt."""
+        for side, tensors in (("positive", condition.positive), ("negative", condition.negative)):
+            for name, value in tensors.items():
+                shape = self._shapes.setdefault((side, name), value.shape[1:])
+                if name + ragged.LENGTH not in tensors and value.shape[1:] != shape:
+                    raise UntraceableError(
+                        f"{self._name} makes {name} of shape {tuple(value.shape[1:])} for some prompts and "
+                        f"{tuple(shape)} for others, without a mask that says where a prompt ends: a picture would "
+                        "depend on what was encoded together. It cannot be trained."
+                    )
 
 
 def _chunks(values: Sequence[Value], size: int) -> list[Sequence[Value]]:

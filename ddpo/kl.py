@@ -74,8 +74,13 @@ def next_alpha(config: KLConfig, alpha: float, path_kl: float) -> float:
 
     Returns:
         `config.alpha` when fixed; else the updated multiplier, inside its bounds.
+
+    Raises:
+        ValueError: An adaptive weight has no finite KL to follow.
     """
     if isinstance(config, FixedKL):
         return config.alpha
+    if not math.isfinite(path_kl):
+        raise ValueError(f"kl.kind: adaptive cannot follow a path KL of {path_kl} nats; the policy has diverged")
     error = min(1.0, max(-1.0, (path_kl - config.target) / config.target))
     return min(config.max_alpha, max(config.min_alpha, alpha * math.exp(config.rate * error)))

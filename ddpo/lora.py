@@ -52,7 +52,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig:
-    """Train every weight of the denoiser; the pretrained ones are kept as a second copy for the KL."""
+    """Train every weight of the denoiser in float32; the pretrained ones are kept as a second copy for the KL."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -130,8 +130,12 @@ def adapter_off(denoiser: nn.Module) -> Iterator[None]:
 
 
 def frozen_copy(denoiser: nn.Module) -> nn.Module:
-    """A second copy of the pretrained weights, for full fine-tuning."""
-    return copy.deepcopy(denoiser).requires_grad_(False).eval()
+    """A second copy of the pretrained weights in float32, as they are trained (`attach`), for full fine-tuning.
+
+    In a lower precision what runs outside autocast, such as embeddings and modulations, would differ from the trained
+    network, and the KL would not start at 0.
+    """
+    return copy.deepcopy(denoiser).float().requires_grad_(False).eval()
 
 
 def lora_state(denoiser: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

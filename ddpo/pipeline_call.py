@@ -9,24 +9,23 @@ Pipelines differ in the names of the same few things; they are read from the sig
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
-from torch import Tensor
 
 from ddpo.input_images import DEFAULT_SIDE, IMAGE, probe_images
 from ddpo.samplers import SamplerConfig
-from ddpo.tracing import Step, UntraceableError, beside_noise
+from ddpo.tracing import Step, UntraceableError, beside_noise, same
 
 FOREIGN_INPUTS = ("mask_image", "control_image", "init_image")
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
 
-# Of unequal lengths, the last the longest, to see what depends on them; short: some text encoders take few tokens.
-PROBE_PROMPTS = ("a", "a b", "a b c")
+# Of unequal lengths, to see what depends on them; the last is long, as some pipelines pad to a multiple of 16 tokens.
+PROBE_PROMPTS = ("a", "a b", " ".join(["a b c"] * 20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class PipelineCall:
         num_steps: Denoising steps.
         guidance_scale: Guidance as the pipeline defines it.
         fixed: Arguments that are always the same, such as height and width.
-        takes_latents: Whether initial latents can be given.
         image_size: (width, height) of the input image that belongs to every prompt, in pixels; None for a pipeline
             from prompts alone.
         no_images: Why there are no input images, for messages; empty with them.
@@ -50,7 +48,6 @@ class PipelineCall:
     num_steps: int
     guidance_scale: float
     fixed: Mapping[str, object]
-    takes_latents: bool
     image_size: tuple[int, int] | None = None
     no_images: str = ""
 
@@ -61,7 +58,6 @@ class PipelineCall:
         output_type: str,
         images: Sequence[Image] | None = None,
         generator: torch.Generator | None = None,
-        latents: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> dict[str, object]:
@@ -72,7 +68,6 @@ class PipelineCall:
             output_type: `latent` for final latents, `pt` for images in [0, 1].
             images: B input images of `image_size`; with an `image_size` only, and needed there.
             generator: Of the initial latents.
-            latents: Initial latents instead, where `takes_latents`.
             num_steps: Default as configured.
             guidance_scale: Default as configured.
         """
@@ -92,8 +87,6 @@ class PipelineCall:
             given["negative_prompt"] = [BLANK] * len(prompts)
         if generator is not None:
             given["generator"] = generator
-        if latents is not None:
-            given["latents"] = latents
         return given
 
 
@@ -140,7 +133,6 @@ def read_call(
         num_steps=sampler.num_steps,
         guidance_scale=sampler.guidance_scale,
         fixed=fixed,
-        takes_latents="latents" in parameters,
         no_images=no_images or f"{name} takes no image",
     )
     return _with_images(call, parameters) if IMAGE in parameters and not no_images else call
@@ -208,10 +200,26 @@ def probe(
         raise UntraceableError(f"{name} calls its denoiser differently at different steps; one rule must fit all")
     if any(not torch.equal(beside_noise(step), beside_noise(steps[0])) for step in steps):
         raise UntraceableError(f"{name} changes what stands beside the noise from step to step; it must stay the same")
+    changing = next((argument for step in steps for argument in _differing(steps[0], step)), None)
+    if changing is not None:
+        raise UntraceableError(f"{name} changes {changing} of its denoiser from step to step; it must stay the same")
+    if any(not torch.equal(step.model_output, steps[0].model_output) for step in steps):
+        raise UntraceableError(
+            f"{name} guides differently at different steps: of the same denoiser outputs it makes others; one rule "
+            "must fit all"
+        )
     scheduled = len(pipeline.scheduler.timesteps)
     if len(steps) != scheduled:
         raise UntraceableError(f"{name} makes {len(steps)} steps where its scheduler has {scheduled}")
     return steps, one, three
+
+
+def _differing(step: Step, other: Step) -> Iterator[str]:
+    """Names of the arguments that the denoiser's calls at two steps do not share."""
+    for call, later in zip(step.calls, other.calls, strict=True):
+        for name in {**call.arguments, **later.arguments}:
+            if not same(call.arguments.get(name), later.arguments.get(name)):
+                yield name
 
 
 def _guidance(parameters: Mapping[str, inspect.Parameter], denoiser: ModelMixin) -> str | None:

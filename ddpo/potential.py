@@ -41,19 +41,8 @@ def held_potential(values: Mapping[int, Tensor], num_steps: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def shaping_rewards(potential: Tensor) -> Tensor:
-    """Per-step rewards F_k = phi(x_{k+1}) - phi(x_k) with phi(x_T) = 0, (B, T), from phi before each action, (B, T)."""
-    after = torch.cat([potential[:, 1:], torch.zeros_like(potential[:, :1])], dim=1)
-    return after - potential
-
-
-def returns_to_go(rewards: Tensor) -> Tensor:
-    """Sums over j >= k of per-step rewards, (B, T)."""
-    return rewards.flip(1).cumsum(1).flip(1)
-
-
 def check_steps(steps: Sequence[int], num_steps: int) -> None:
     """Raises ValueError unless every step is one of a chain of `num_steps`."""
-    wrong = [k for k in steps if k >= num_steps]
+    wrong = [k for k in steps if not 0 <= k < num_steps]
     if wrong:
-        raise ValueError(f"shaping.steps must be below sampler.num_steps = {num_steps}, got {wrong[0]}")
+        raise ValueError(f"shaping.steps must be at least 0 and below sampler.num_steps = {num_steps}, got {wrong[0]}")

@@ -30,6 +30,18 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([_pad(part, longest) for part in parts])
 
 
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of B samples, each without a batch axis, as tensors of B rows; padded where there is a length."""
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: stack(value) if name + LENGTH in values else torch.stack(value) for name, value in values.items()}
+
+
+def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All rows of several batches, in order; padded where there is a length."""
+    values = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: concatenate(value) if name + LENGTH in values else torch.cat(value) for name, value in values.items()}
+
+
 def trim(row: dict[str, Tensor]) -> dict[str, Tensor]:
     """One sample's tensors without the padding that its neighbours caused."""
     return {name: value[: int(row[name + LENGTH])] if name + LENGTH in row else value for name, value in row.items()}

@@ -141,8 +141,11 @@ def cps_std(grid: Grid, eta: float) -> Tensor:
 
 
 def flow_sde_std(grid: Grid, eta: float) -> Tensor:
-    """Flow-GRPO's noise level, (T,). At s = 1, where 1 - s vanishes, the level of the step's end stands in there."""
-    level = torch.where(grid.s < 1, grid.s, grid.s_next)
+    """Flow-GRPO's noise level, (T,). At s = 1, where 1 - s vanishes, the level of the step's end stands in there.
+
+    A scheduler's first sigma may be 1 only up to the rounding of float32.
+    """
+    level = torch.where(grid.s < 1 - 1e-5, grid.s, grid.s_next)
     return eta * (grid.s / (1 - level)).sqrt() * (grid.s - grid.s_next).sqrt()
 
 
@@ -190,16 +193,29 @@ def make_schedule(
         clip: Bound on the predicted x0, or None.
 
     Raises:
-        ValueError: The sampler does not fit the model family.
+        ValueError: The sampler does not fit the model family, or has no noise level on this grid.
     """
     fitting = ("ode", *FLOW_ONLY) if is_flow else (*VP_ONLY, "ode")
     if config.kind not in fitting:
         family = "flow-matching" if is_flow else "VP"
         raise ValueError(f"sampler.kind {config.kind!r} does not fit a {family} model; use one of {', '.join(fitting)}")
+    rising = torch.nonzero(grid.s_next > grid.s).flatten().tolist()
+    if rising:
+        before, after = float(grid.s[rising[0]]), float(grid.s_next[rising[0]])
+        raise ValueError(
+            f"the scheduler's noise level rises from {before:.4g} to {after:.4g} at step {rising[0]}, "
+            "and a policy goes from noise to an image: give the pipeline a scheduler whose noise falls "
+            "(FlowMatchEulerDiscreteScheduler with invert_sigmas: false)"
+        )
     std_rule, direction_rule = RULES[config.kind]
     std = std_rule(grid, config.eta)
     # A last step that ends at s' = 0 has std 0 under every rule with a density of its own there, or none.
     std = torch.where(grid.s_next > 0, std, torch.zeros_like(std))
+    if not std.isfinite().all():
+        raise ValueError(
+            f"sampler.kind {config.kind!r} has the noise levels {std.tolist()} on this scheduler's grid; choose other "
+            "timesteps (the scheduler's shift or timestep_spacing, sampler.num_steps) or another sampler"
+        )
     return Schedule(
         model_time=model_time,
         a=grid.a,
@@ -209,6 +225,7 @@ def make_schedule(
         std=std,
         stochastic=std > 0,
         clip=clip,
+        consistent=config.kind == "ddpm",
     )
 
 
@@ -253,12 +270,14 @@ def predicted(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *,
         kind: What the output is.
 
     Returns:
-        x0_hat (clipped where the schedule says so) and eps_hat, (B, *latent) each.
+        x0_hat and eps_hat (clipped and made consistent where the schedule says so), (B, *latent) each.
     """
-    prediction = predict(output.to(x.dtype), x, _at(schedule.a, k, x), _at(schedule.s, k, x), kind=kind)
+    a, s = _at(schedule.a, k, x), _at(schedule.s, k, x)
+    prediction = predict(output.to(x.dtype), x, a, s, kind=kind)
     if schedule.clip is None:
         return prediction
-    return replace(prediction, x0=prediction.x0.clamp(-schedule.clip, schedule.clip))
+    x0 = prediction.x0.clamp(-schedule.clip, schedule.clip)
+    return Prediction(x0=x0, eps=(x - a * x0) / s if schedule.consistent else prediction.eps)
 
 
 def transition(schedule: Schedule, k: int | Tensor, x: Tensor, output: Tensor, *, kind: PredictionType) -> Gaussian:

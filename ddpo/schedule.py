@@ -53,6 +53,8 @@ class Schedule:
         std: Standard deviation of the step, (T,), in latent units.
         stochastic: Whether std > 0, (T,) bool. Other steps are no decisions of the policy: part of the environment.
         clip: Predicted x0 is clamped to [-clip, clip]; None for no clamping.
+        consistent: Whether eps_hat is made to fit the clamped x0_hat, eps_hat = (x - a x0_hat) / s, at every step: as
+            in DDPM's posterior, a function of x0_hat and x (DDIMScheduler's `use_clipped_model_output`).
     """
 
     model_time: Tensor
@@ -63,6 +65,7 @@ class Schedule:
     std: Tensor
     stochastic: Tensor
     clip: float | None = None
+    consistent: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -85,6 +88,7 @@ class Schedule:
             std=self.std.to(device, dtype),
             stochastic=self.stochastic.to(device),
             clip=self.clip,
+            consistent=self.consistent,
         )
 
 
@@ -131,17 +135,26 @@ def training_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
         # Solvers without these two options never clip, but DDIMScheduler's own default would clip latents to [-1, 1].
         overrides["clip_sample"] = scheduler.config.get("clip_sample", False)
         overrides["set_alpha_to_one"] = scheduler.config.get("set_alpha_to_one", False)
-        # from_config leaves out what equals the other class's defaults, which are not DDIMScheduler's.
-        overrides |= {
-            key: scheduler.config[key] for key in ("timestep_spacing", "steps_offset") if key in scheduler.config
-        }
-    ddim = DDIMScheduler.from_config(scheduler.config, **overrides)
+    # from_config would leave out what was left at the other class's defaults, which are not DDIMScheduler's.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    ddim = DDIMScheduler.from_config(config, **overrides)
     if ddim.config.thresholding:
         raise ValueError(
             "scheduler option thresholding: true is not supported: the quantile makes the step's mean depend on the "
             "whole image in a way that has no stable gradient. Set thresholding: false in the scheduler's config."
         )
+    _keep_alphas(scheduler, ddim)
     return ddim
+
+
+def _keep_alphas(scheduler: "SchedulerMixin", ddim: "SchedulerMixin") -> None:
+    """Gives `ddim` the other's alphas where no option of DDIMScheduler does, as CogVideoX's and unCLIP's."""
+    alphas = scheduler.alphas_cumprod.cpu()
+    if torch.allclose(ddim.alphas_cumprod.double(), alphas.double(), rtol=1e-4, atol=1e-6):
+        return
+    ddim.alphas_cumprod = alphas.clone()
+    if not ddim.config.set_alpha_to_one:
+        ddim.final_alpha_cumprod = alphas[0]
 
 
 def flow_matching_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
@@ -168,6 +181,9 @@ def noise_grid(scheduler: "SchedulerMixin") -> Grid:
 
     Args:
         scheduler: As returned by `training_scheduler`, after `set_timesteps`.
+
+    Raises:
+        ValueError: The chain starts without signal, where a prediction of the noise says nothing of the image.
     """
     if is_flow_matching(scheduler):
         sigmas = scheduler.sigmas.double().cpu()
@@ -176,6 +192,13 @@ def noise_grid(scheduler: "SchedulerMixin") -> Grid:
     previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alphas = scheduler.alphas_cumprod.double().cpu()
     start = alphas[timesteps]
+    if scheduler.config.prediction_type == "epsilon" and (start == 0).any():
+        raise ValueError(
+            "the scheduler starts at zero signal (rescale_betas_zero_snr: true with timestep_spacing: "
+            f"{scheduler.config.timestep_spacing}), but the model predicts the noise (prediction_type: epsilon), and "
+            "x0 = (x - s eps) / a is not defined there. Set timestep_spacing: leading or rescale_betas_zero_snr: false "
+            "in the scheduler's config, or take a model with prediction_type: v_prediction."
+        )
     final = torch.as_tensor(scheduler.final_alpha_cumprod).double().cpu()
     end = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
     return Grid(a=start.sqrt(), s=(1 - start).sqrt(), a_next=end.sqrt(), s_next=(1 - end).sqrt())

@@ -1,9 +1,9 @@
 """Learns how a stock diffusers pipeline calls its denoiser, by running it once with the expensive parts hollowed out.
 
-The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns zeros and its scheduler's
-`step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows every argument
-of every denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The policy then makes
-the same calls itself, so that no model family needs code of its own.
+The pipeline's `__call__` runs with its denoiser's forward replaced by one that returns fixed numbers and its
+scheduler's `step` by one that returns its input. That costs the encoding of the prompts and nothing else, and shows
+every argument of every denoiser call: embeddings, pooled embeddings, size ids, guidance embeddings, timesteps. The
+policy then makes the same calls itself, so that no model family needs code of its own.
 """
 
 import inspect
@@ -123,7 +123,8 @@ def trace(
         denoiser: Its denoiser.
         arguments: Keyword arguments of `pipeline.__call__`.
         num_steps: Stop after so many steps; None for all.
-        hollow: Whether the denoiser returns zeros and the latents stay as they are; else the real loop runs.
+        hollow: Whether the denoiser returns fixed numbers, the same at every step, and the latents stay as they are;
+            else the real loop runs.
 
     Returns:
         What was seen, one entry a step.
@@ -155,7 +156,9 @@ def recording(
     def forward(*positional: object, **keywords: object) -> object:
         bound = _bind(signature, positional, keywords)
         calls.append(_record(bound, names))
-        return _hollow_output(denoiser, bound, names) if hollow else stock_forward(*positional, **keywords)
+        if hollow:
+            return _hollow_output(denoiser, bound, names, call=len(calls))
+        return stock_forward(*positional, **keywords)
 
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> object:
         steps.append(Step(calls=tuple(calls), sample=sample, model_output=model_output))
@@ -181,6 +184,15 @@ def beside_noise(step: Step) -> Tensor:
     latents = step.calls[0].latents
     noisy = step.sample.shape[1] if latents.ndim == step.sample.ndim == 3 else latents.shape[1]
     return latents[:, noisy:]
+
+
+def same(value: object, other: object) -> bool:
+    """Whether two recorded arguments are equal, tensors and lists of them among them."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        return len(value) == len(other) and all(same(*pair) for pair in zip(value, other, strict=True))
+    return type(value) is type(other) and bool(value == other)
 
 
 def flatten(arguments: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -212,7 +224,7 @@ def hollowed(denoiser: ModelMixin) -> Iterator[None]:
     names, signature = call_names(denoiser), inspect.signature(denoiser.forward)
 
     def forward(*positional: object, **keywords: object) -> object:
-        return _hollow_output(denoiser, _bind(signature, positional, keywords), names)
+        return _hollow_output(denoiser, _bind(signature, positional, keywords), names, call=0)
 
     with replaced(denoiser, "forward", forward):
         yield
@@ -278,15 +290,21 @@ def _is_list_of_tensors(value: object) -> TypeGuard[list[Tensor]]:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(row, Tensor) and row.ndim > 0 for row in value)
 
 
-def _hollow_output(denoiser: ModelMixin, bound: Mapping[str, object], names: CallNames) -> object:
+def _hollow_output(denoiser: ModelMixin, bound: Mapping[str, object], names: CallNames, *, call: int) -> object:
+    """sin(call n) in the n-th entry: others in every row and call of a step, the same at every step; zeros for 0."""
     latents = bound[names.latents]
     if _is_list_of_tensors(latents):
-        zeros: object = [torch.zeros_like(row) for row in latents]
+        output: object = list(_waves(torch.stack(latents), call).unbind())
     else:
         assert isinstance(latents, Tensor)
         channels_in, channels_out = denoiser.config.get("in_channels"), denoiser.config.get("out_channels")
         shape = list(latents.shape)
         if channels_out and channels_in != channels_out and len(shape) > 3 and shape[1] == channels_in:
             shape[1] = channels_out
-        zeros = latents.new_zeros(shape)
-    return Transformer2DModelOutput(sample=zeros) if bound.get("return_dict", True) else (zeros,)
+        output = _waves(latents.new_empty(shape), call)
+    return Transformer2DModelOutput(sample=output) if bound.get("return_dict", True) else (output,)
+
+
+def _waves(like: Tensor, call: int) -> Tensor:
+    count = torch.arange(1, like.numel() + 1, dtype=torch.float32, device=like.device)
+    return (call * count).sin().reshape(like.shape).to(like.dtype)

@@ -59,12 +59,11 @@ class Condition:
     @staticmethod
     def concatenate(parts: "Sequence[Condition]") -> "Condition":
         """All rows of `parts`, in order."""
-        first = parts[0]
         return Condition(
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
             metadata=tuple(entry for part in parts for entry in part.metadata),
-            positive={name: ragged.concatenate([part.positive[name] for part in parts]) for name in first.positive},
-            negative={name: ragged.concatenate([part.negative[name] for part in parts]) for name in first.negative},
+            positive=ragged.join([part.positive for part in parts]),
+            negative=ragged.join([part.negative for part in parts]),
         )
 
 
@@ -135,7 +134,6 @@ class Experience:
     Attributes:
         trajectory: B samples.
         scores: Total reward, (B,).
-        components: Raw reward components by name, each (B,).
         advantages: (B, T), the reward minus its baseline minus the KL cost-to-go, divided by the advantage scale.
         kl_weight: Weight of each sample's own per-step KL in the loss, (B,); alpha over the advantage scale.
         groups: Which samples share a prompt slot, (B,) int64.
@@ -144,7 +142,6 @@ class Experience:
 
     trajectory: Trajectory
     scores: Tensor
-    components: dict[str, Tensor]
     advantages: Tensor
     kl_weight: Tensor
     groups: Tensor

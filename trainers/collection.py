@@ -136,7 +136,6 @@ def collect(
         experience=Experience(
             trajectory=trajectory,
             scores=scores.total[rows],
-            components={name: values[rows] for name, values in scores.components.items()},
             advantages=advantages.values[rows].to(device),
             kl_weight=advantages.kl_weight[rows].to(device),
             groups=groups[rows],

@@ -155,7 +155,6 @@ def make_experience(
     experience = Experience(
         trajectory=path,
         scores=scores,
-        components={},
         advantages=advantages.values,
         kl_weight=advantages.kl_weight,
         groups=groups,

@@ -3,9 +3,15 @@
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -25,9 +31,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     MistralConfig,
     MistralModel,
     PreTrainedTokenizerFast,
@@ -236,6 +245,70 @@ def tiny_wan(*, seed=0):
             rope_max_seq_len=32,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def tiny_cogvideox(*, seed=0):
+    """CogVideoX: a scheduler of its own, whose noise schedule has a shifted signal-to-noise ratio."""
+    torch.manual_seed(seed)
+    tokenizer, encoder = tiny_t5()
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        ).eval(),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=2,
+            text_embed_dim=32,
+            num_layers=1,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=9,
+        ).eval(),
+        scheduler=CogVideoXDDIMScheduler(
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+        ),
+    )
+
+
+def tiny_cogview4(*, seed=0):
+    """CogView4: embeddings padded to a multiple of 16 tokens of the longest prompt, without a mask."""
+    torch.manual_seed(seed)
+    tokenizer, encoder = language_model(GlmModel, GlmConfig, hidden_size=16, head_dim=8)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=tiny_vae(),
+        transformer=CogView4Transformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            out_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=16,
+            condition_dim=8,
+            sample_size=16,
+            pos_embed_max_size=32,
+            rope_axes_dim=(64, 64),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, time_shift_type="linear"),
     )
 
 

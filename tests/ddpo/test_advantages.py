@@ -133,25 +133,43 @@ def test_without_kl_every_step_has_the_same_advantage():
 
 
 def test_prompt_history_uses_the_batch_until_min_count_then_the_prompts_own_last_scores():
+    """Every baseline is the mean of the others, every scale the std of all."""
     estimator = AdvantageEstimator(AdvantageConfig(baseline="prompt", min_count=4, buffer_size=6, clip=None))
 
     def run(scores, prompts):
-        scores = torch.tensor(scores)
-        return estimator(scores, torch.zeros(len(scores), dtype=torch.int64), prompts, kl=None, alpha=0.0, num_steps=1)
+        groups = torch.zeros(len(scores), dtype=torch.int64)
+        values = estimator(torch.tensor(scores), groups, prompts, kl=None, alpha=0.0, num_steps=1).values
+        return values[:, 0].tolist()
 
-    first = run([1.0, 2.0, 5.0], ["a", "a", "b"]).values[:, 0]
-    batch = torch.tensor([1.0, 2.0, 5.0])
-    torch.testing.assert_close(first, (batch - batch.mean()) / batch.std(correction=0))
+    def expected(score, others, everything):
+        return (score - sum(others) / len(others)) / float(torch.tensor(everything).std(correction=0))
 
-    second = run([3.0, 4.0, 7.0], ["a", "a", "b"]).values[:, 0]
-    known = torch.tensor([1.0, 2.0, 3.0, 4.0])  # "a" has min_count scores now, "b" has two
-    torch.testing.assert_close(second[:2], (known[2:] - known.mean()) / known.std(correction=0))
-    batch = torch.tensor([3.0, 4.0, 7.0])
-    torch.testing.assert_close(second[2], (batch[2] - batch.mean()) / batch.std(correction=0))
+    batch = [1.0, 2.0, 5.0]
+    first = [expected(1.0, [2, 5], batch), expected(2.0, [1, 5], batch), expected(5.0, [1, 2], batch)]
+    assert run(batch, ["a", "a", "b"]) == pytest.approx(first)
 
-    third = run([5.0, 6.0, 9.0], ["a", "a", "a"]).values[:, 0]
-    recent = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0, 9.0])  # the oldest of seven fell out of the buffer
-    torch.testing.assert_close(third, (recent[3:] - recent.mean()) / recent.std(correction=0))
+    known = [1.0, 2.0, 3.0, 4.0]  # "a" has min_count scores now, "b" has two
+    second = [expected(3.0, [1, 2, 4], known), expected(4.0, [1, 2, 3], known), expected(7.0, [3, 4], [3.0, 4.0, 7.0])]
+    assert run([3.0, 4.0, 7.0], ["a", "a", "b"]) == pytest.approx(second)
+
+    recent = [2.0, 3.0, 4.0, 5.0, 6.0, 9.0]  # the oldest of seven fell out of the buffer
+    third = [expected(score, [other for other in recent if other != score], recent) for score in recent[3:]]
+    assert run([5.0, 6.0, 9.0], ["a", "a", "a"]) == pytest.approx(third)
+
+    last = [12.0, 13.0, 15.0, 18.0, 20.0, 29.0]  # of seven in one batch the first fell out, and is not in the mean
+    fourth = [expected(11.0, last, last), *(expected(s, [o for o in last if o != s], last) for s in last)]
+    assert run([11.0, *last], ["a"] * 7) == pytest.approx(fourth)
+
+
+def test_the_prompt_baseline_does_not_shrink_the_gradient():
+    """As for groups: with 4 scores of a prompt, none remembered before, a mean with the own one in it gives 0.75."""
+    config = AdvantageConfig(baseline="prompt", min_count=2, scale="none", clip=None)
+    x = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prompts = [str(i // 4) for i in range(x.numel())]
+    groups = torch.arange(20_000).repeat_interleave(4)
+    values = AdvantageEstimator(config)(x.flatten(), groups, prompts, kl=None, alpha=0.0, num_steps=1).values
+    per_prompt = (values.flatten() * x.flatten()).reshape(-1, 4).mean(1)
+    assert abs(per_prompt.mean() - 1) < 4.5 * per_prompt.std() / math.sqrt(len(per_prompt))
 
 
 def test_prompt_history_survives_a_round_trip_through_json():

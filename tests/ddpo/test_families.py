@@ -6,12 +6,13 @@ import peft
 import pytest
 import torch
 
-from ddpo import LoraConfig, Policy, SamplerConfig, rollout
+from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.input_images import probe_images
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import recording
 from tests.ddpo.families import tiny_flux, tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import (
+    tiny_cogvideox,
     tiny_ddpm,
     tiny_flux2,
     tiny_pixart,
@@ -60,15 +61,19 @@ FAMILIES = {
     "z-image": Family(build=tiny_z_image, rule="stacked positive first, negated"),
     "z-image unguided": Family(build=tiny_z_image, rule="none, negated", guidance=0.0),
     "wan": Family(build=tiny_wan, rule="two calls, positive first", options={**SIZE, "num_frames": 5}),
+    "cogvideox": Family(build=tiny_cogvideox, sampler="ddim", rule="stacked", options={**SIZE, "num_frames": 9}),
     "ddpm": Family(build=tiny_ddpm, sampler="ddim", rule="none", options={}),
 }  # fmt: skip
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make(family, kind=None):
+LORA = LoraConfig(rank=2)
+
+
+def make(family, kind=None, *, adapter=LORA, precision="fp32"):
     spec = FAMILIES[family]
     config = SamplerConfig(kind=kind or spec.sampler, num_steps=3, guidance_scale=spec.guidance, **spec.options)
-    return Policy(spec.build(), sampler=config, adapter=LoraConfig(rank=2))
+    return Policy(spec.build(), sampler=config, adapter=adapter, precision=precision)
 
 
 def stock(family):
@@ -132,6 +137,14 @@ def test_log_probs_of_mixed_steps_equal_the_rollouts(family):
 
 
 @every_family
+@pytest.mark.parametrize("adapter", [LORA, FullConfig()], ids=["lora", "full"])
+def test_kl_to_the_pretrained_model_is_exactly_zero_at_initialisation_in_bfloat16(family, adapter):
+    policy = make(family, adapter=adapter, precision="bf16")
+    trajectory = rollout(policy, encode(policy), torch.arange(2), with_kl=True)
+    assert trajectory.kl.eq(0).all()
+
+
+@every_family
 def test_a_saved_adapter_loads_into_the_stock_pipeline(family, tmp_path):
     policy = make(family, "ode")
     perturb(policy, scale=0.05)
@@ -157,3 +170,14 @@ def test_gradients_reach_the_latents_through_the_decoder(family):
     assert images.shape[:2] == (1, 3) and images.ndim == 4
     (gradient,) = torch.autograd.grad(images.sum(), latents)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_a_noise_free_rollout_of_cogvideox_is_the_stock_pipelines_under_its_own_scheduler():
+    """No option of DDIMScheduler gives its noise schedule; its step without noise is DDIM's."""
+    policy, pipeline = make("cogvideox", "ode"), tiny_cogvideox()
+    pipeline.set_progress_bar_config(disable=True)
+    images, steps = run_stock(pipeline, policy)
+    trajectory = rollout(policy, encode(policy), torch.arange(2), latents=steps[0].sample)
+    for k, step in enumerate(steps):
+        torch.testing.assert_close(trajectory.latents[:, k], step.sample, rtol=0, atol=2e-6)
+    torch.testing.assert_close(policy.decode_frames(trajectory.final), images, rtol=0, atol=2e-5)

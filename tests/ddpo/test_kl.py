@@ -31,6 +31,12 @@ def test_an_adaptive_weight_stays_inside_its_bounds():
     assert next_alpha(config, 0.1, 0.0) == 0.05
 
 
+@pytest.mark.parametrize("path_kl", [math.nan, math.inf])
+def test_an_adaptive_weight_refuses_a_kl_that_is_not_finite(path_kl):
+    with pytest.raises(ValueError, match=f"cannot follow a path KL of {path_kl} nats"):
+        next_alpha(AdaptiveKL(target=1.0), 0.01, path_kl)
+
+
 def test_the_controller_finds_the_weight_whose_optimum_meets_the_target():
     """KL of the optimum falls as 1/alpha^2 here (linear reward, Gaussian reference): target 4 needs alpha = 0.5."""
     config, alpha = AdaptiveKL(target=4.0, alpha=10.0, rate=0.1), 10.0

@@ -87,7 +87,6 @@ def experience(latents, log_probs, kl, *, advantages, kl_weight, penalised):
     return Experience(
         trajectory=trajectory,
         scores=torch.zeros(count),
-        components={},
         advantages=advantages,
         kl_weight=kl_weight,
         groups=torch.zeros(count, dtype=torch.int64),

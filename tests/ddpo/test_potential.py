@@ -8,18 +8,7 @@ from hypothesis import strategies as st
 
 from ddpo.advantages import AdvantageConfig, AdvantageEstimator
 from ddpo.control.shaping import horizon_q_values, shaped_horizon
-from ddpo.potential import held_potential, returns_to_go, shaping_rewards
-
-
-@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 99))
-def test_shaped_rewards_sum_to_the_terminal_reward_minus_the_potential_at_the_start(batch, steps, seed):
-    generator = torch.Generator().manual_seed(seed)
-    phi = torch.randn(batch, steps, generator=generator, dtype=torch.float64)
-    reward = torch.randn(batch, generator=generator, dtype=torch.float64)
-    rewards = shaping_rewards(phi)
-    rewards[:, -1] += reward
-    torch.testing.assert_close(rewards.sum(1), reward - phi[:, 0])
-    torch.testing.assert_close(returns_to_go(rewards), reward[:, None] - phi)
+from ddpo.potential import check_steps, held_potential
 
 
 def test_the_potential_is_held_between_measurements_and_zero_before_the_first():
@@ -29,6 +18,13 @@ def test_the_potential_is_held_between_measurements_and_zero_before_the_first():
     for wrong in ({}, {5: torch.zeros(2)}):
         with pytest.raises(ValueError, match=r"steps in \[0, 5\)"):
             held_potential(wrong, 5)
+
+
+@pytest.mark.parametrize("step", [-1, 10])
+def test_a_step_outside_the_chain_is_refused(step):
+    check_steps([0, 9], 10)
+    with pytest.raises(ValueError, match=f"at least 0 and below sampler.num_steps = 10, got {step}"):
+        check_steps([3, step], 10)
 
 
 @given(st.integers(0, 999))

@@ -7,7 +7,7 @@ from ddpo import Condition, LoraConfig, Policy, SamplerConfig, UntraceableError,
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import recording
 from tests.ddpo.more_families import tiny_qwen, tiny_z_image
-from tests.ddpo.tools import SIZE, perturb
+from tests.ddpo.tools import SIZE, make_policy, perturb
 
 PROMPTS = ["a cat", "two dogs and a red house", "a blue square, a red circle", "two"]
 BUILD = {"qwen": tiny_qwen, "z-image": tiny_z_image}
@@ -123,3 +123,33 @@ def test_unequal_lengths_without_a_mask_are_refused():
     pipeline.encode_prompt = lambda *arguments, **options: (encode(*arguments, **options)[0], None)
     with pytest.raises(UntraceableError, match="encoder_hidden_states .*longest prompt, and 0 masks"):
         Policy(pipeline, sampler=SamplerConfig(kind="ode", num_steps=2, **SIZE))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_embeddings_whose_length_depends_on_the_prompt_unnoticed_are_refused_when_encoded(together):
+    policy = make_policy()
+    encode = policy.pipeline.encode_prompt
+
+    def cut(prompt, *arguments, **options):
+        positive, negative = encode(prompt, *arguments, **options)
+        length = 70 if "two" in prompt[0] else 77
+        return positive[:, :length], negative[:, :length]
+
+    policy.pipeline.encode_prompt = cut
+    with pytest.raises(UntraceableError, match=r"Pipeline makes encoder_hidden_states of shape \(70, 32"):
+        if together:
+            policy.encode(["a cat", "two dogs"], chunk_size=1)
+        else:
+            policy.encode(["a cat"])
+            policy.encode(["two dogs"])
+
+
+def test_only_what_has_a_length_is_padded():
+    one, two = {"x": torch.ones(2, 3)}, {"x": torch.ones(4, 3)}
+    lengths = [{**row, "x" + ragged.LENGTH: torch.tensor(len(row["x"]))} for row in (one, two)]
+    batches = [{name: value[None] for name, value in row.items()} for row in lengths]
+    assert ragged.collate(lengths)["x"].shape == ragged.join(batches)["x"].shape == (2, 4, 3)
+    with pytest.raises(RuntimeError, match="equal size"):
+        ragged.collate([one, two])
+    with pytest.raises(RuntimeError, match="must match"):
+        ragged.join([{"x": row["x"][None]} for row in (one, two)])

@@ -18,7 +18,7 @@ from ddpo import Policy, SamplerConfig, UntraceableError
 from ddpo.loading import load_pipeline
 from ddpo.samplers import default_sampler
 from ddpo.schedule import flow_matching_scheduler
-from tests.ddpo.more_families import tiny_ddpm, tiny_wan
+from tests.ddpo.more_families import tiny_cogview4, tiny_ddpm, tiny_wan
 from tests.ddpo.tools import SIZE
 from tests.tiny import tiny_stable_diffusion
 
@@ -63,6 +63,36 @@ class LateGuidance(StableDiffusionPipeline):
         return (latents,)
 
 
+class FadingPrompt(StableDiffusionPipeline):
+    """Its text embeddings fade from step to step."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for index, t in enumerate(self.scheduler.timesteps):
+            faded = embeddings * (1 - index / num_inference_steps)
+            output = self.unet(latents, t, encoder_hidden_states=faded).sample
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+class FadingGuidance(StableDiffusionPipeline):
+    """Its guidance scale falls from step to step, with the same calls of the denoiser."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings = torch.cat(self.encode_prompt(prompt, "cpu", 1, True)[::-1])
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for index, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(torch.cat([latents, latents]), t, encoder_hidden_states=embeddings).sample
+            negative, positive = output.chunk(2)
+            scale = guidance_scale * (1 - index / num_inference_steps)
+            guided = negative + scale * (positive - negative)
+            latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
 class SkipsSteps(StableDiffusionPipeline):
     def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
         embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
@@ -82,6 +112,8 @@ class SkipsSteps(StableDiffusionPipeline):
         (WithoutScheduler, "WithoutScheduler has no scheduler"),
         (StylePipeline, "timestep_cond of UNet2DConditionModel depends on the prompts"),
         (LateGuidance, "LateGuidance calls its denoiser differently at different steps"),
+        (FadingPrompt, "FadingPrompt changes encoder_hidden_states of its denoiser from step to step"),
+        (FadingGuidance, "FadingGuidance guides differently at different steps"),
         (SkipsSteps, "SkipsSteps makes 1 steps where its scheduler has 2"),
     ],
 )
@@ -95,6 +127,12 @@ def test_a_pipeline_that_switches_transformers_is_refused():
     pipeline = WanPipeline(**{**stock.components, "transformer_2": tiny_wan(seed=1).transformer}, boundary_ratio=0.5)
     with pytest.raises(UntraceableError, match="WanPipeline switches between transformer and transformer_2; use one"):
         Policy(pipeline, sampler=ODE)
+
+
+def test_embeddings_padded_to_a_multiple_of_tokens_without_a_mask_are_refused():
+    """CogView4's are 16 tokens long for all short prompts, and as long as the longest of a batch for others."""
+    with pytest.raises(UntraceableError, match="encoder_hidden_states of CogView4.* longest prompt, and 0 masks"):
+        Policy(tiny_cogview4(), sampler=SamplerConfig(kind="ode", num_steps=2, **SIZE))
 
 
 def test_an_unsupported_scheduler_is_refused_with_what_is_supported():

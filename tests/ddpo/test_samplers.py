@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ddpo.prediction import predict
-from ddpo.samplers import SamplerConfig, make_schedule
-from ddpo.schedule import noise_grid
+from ddpo.samplers import SamplerConfig, make_schedule, transition
+from ddpo.schedule import clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.validation import FieldError
 
 T = 8
@@ -111,6 +111,25 @@ def test_ddim_with_eta_one_is_ddpms_posterior():
         torch.testing.assert_close(schedule.a_next[k] * x0 + schedule.direction[k] * eps, mean, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("clip", [None, 0.5, 1.0])
+def test_ddpm_is_the_step_of_the_ddpm_scheduler_with_and_without_clipping(clip, prediction):
+    options = {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0, "prediction_type": prediction}
+    stock = DDPMScheduler(**options)
+    ours = training_scheduler(stock)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(T)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    config = SamplerConfig(kind="ddpm", num_steps=T)
+    schedule = make_schedule(config, noise_grid(ours), model_time=ours.timesteps, is_flow=False, clip=clip_range(ours))
+    for k, t in enumerate(stock.timesteps):
+        x, output = torch.randn(2, 4, 5, dtype=torch.float64)
+        noise = torch.randn(4, 5, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        theirs = stock.step(output, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        step = transition(schedule, k, x, output, kind=prediction_type(ours))
+        torch.testing.assert_close(step.sample(noise), theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_exact_samplers_keep_the_marginals(eta):
     """direction^2 + std^2 = s'^2: with a perfect network, x' = a' x0 + s' noise in law."""
@@ -135,6 +154,36 @@ def test_euler_samplers_keep_the_marginal_variance_to_first_order_in_the_step(ki
         defects.append((schedule.direction**2 + schedule.std**2 - grid.s_next**2)[:-1].abs().max())
     orders = [math.log2(before / after) for before, after in zip(defects[:-1], defects[1:], strict=True)]
     assert all(1.8 < order < 2.2 for order in orders), orders
+
+
+def test_a_first_sigma_that_is_one_up_to_rounding_is_one():
+    """With shift 1.18 float32 rounds it to 1 - 6e-8, and sqrt(s/(1-s)) would be 4,096."""
+    scheduler, sigmas = flow_sigmas(1.18)
+    assert 0 < 1 - sigmas[0] < 1e-6
+    config = SamplerConfig(kind="flow_sde", num_steps=T, eta=0.7)
+    schedule = make_schedule(config, noise_grid(scheduler), model_time=scheduler.timesteps, is_flow=True, clip=None)
+    s, end = sigmas[0], sigmas[1]
+    torch.testing.assert_close(schedule.std[0], 0.7 * (s / (1 - end)).sqrt() * (s - end).sqrt())
+    assert (schedule.std < 1).all()
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ode"])
+def test_noise_that_rises_is_refused(kind):
+    """Mochi's sigmas run from 0 to 1."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+    scheduler.set_timesteps(T)
+    config = SamplerConfig(kind=kind, num_steps=T, eta=0.7)
+    with pytest.raises(ValueError, match=r"rises from 0 to .* at step 0, .*invert_sigmas: false"):
+        make_schedule(config, noise_grid(scheduler), model_time=scheduler.timesteps, is_flow=True, clip=None)
+
+
+def test_a_step_without_a_noise_level_is_refused():
+    """Two sigmas of 1 at the start leave nothing to stand in for the level at s = 1."""
+    scheduler, _ = flow_sigmas()
+    scheduler.sigmas[1] = 1.0
+    config = SamplerConfig(kind="flow_sde", num_steps=T, eta=0.7)
+    with pytest.raises(ValueError, match=r"'flow_sde' has the noise levels \[nan, .*another sampler"):
+        make_schedule(config, noise_grid(scheduler), model_time=scheduler.timesteps, is_flow=True, clip=None)
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ode"])

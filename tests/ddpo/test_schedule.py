@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -10,7 +11,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -36,6 +42,19 @@ def test_other_vp_solvers_keep_their_noise_schedule_and_prediction(solver, predi
     assert prediction_type(converted) == prediction
     assert converted.config.timestep_spacing == scheduler.config.timestep_spacing
     assert converted.config.steps_offset == scheduler.config.steps_offset
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [*SOLVERS, CogVideoXDDIMScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler, TCDScheduler,
+     UnCLIPScheduler],
+)  # fmt: skip
+def test_a_solver_left_at_its_own_defaults_keeps_its_noise_schedule(solver):
+    scheduler = solver()
+    converted = training_scheduler(training_scheduler(scheduler))
+    torch.testing.assert_close(converted.alphas_cumprod.double(), scheduler.alphas_cumprod.double(), rtol=0, atol=1e-7)
+    if not converted.config.set_alpha_to_one:
+        assert converted.final_alpha_cumprod == converted.alphas_cumprod[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -93,3 +112,20 @@ def test_vp_grid_has_unit_variance():
     grid = noise_grid(scheduler)
     torch.testing.assert_close(grid.a**2 + grid.s**2, torch.ones(13, dtype=torch.float64))
     torch.testing.assert_close(grid.a_next**2 + grid.s_next**2, torch.ones(13, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_a_noise_prediction_at_zero_terminal_signal_is_refused_with_the_cure(spacing):
+    scheduler = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=f"timestep_spacing: {spacing}.*Set timestep_spacing: leading"):
+        noise_grid(scheduler)
+
+
+@pytest.mark.parametrize(("spacing", "prediction"), [("leading", "epsilon"), ("trailing", "v_prediction")])
+def test_zero_terminal_signal_is_no_matter_where_nothing_is_divided_by_it(spacing, prediction):
+    scheduler = DDIMScheduler(
+        **BETAS, rescale_betas_zero_snr=True, timestep_spacing=spacing, prediction_type=prediction
+    )
+    scheduler.set_timesteps(10)
+    assert noise_grid(scheduler).s.isfinite().all()

@@ -104,6 +104,12 @@ def test_the_finite_difference_stays_away_from_the_clamp_and_still_sees_a_wrong_
     assert not gradient(without_half_the_gradient).passed
 
 
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_a_pipeline_that_clips_passes_under_both_vp_samplers(kind):
+    measurements = rows(tiny_ddpm, kind=kind, size={})
+    assert not failed(measurements) and "scheduler" in {check for check, _ in measurements}
+
+
 def test_an_adapter_that_lands_in_other_weights_fails():
     measurements = rows(tiny_stable_diffusion, fresh=lambda: tiny_stable_diffusion(seed=1))
     assert failed(measurements) == {"adapter"}

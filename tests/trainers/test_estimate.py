@@ -170,11 +170,12 @@ def of_shapes(**groups):
 
 def test_parts_follow_from_sizes():
     lora_, full = of_shapes(), of_shapes(adapter=FullConfig(), optimizer=OptimizerConfig(ema_decay=0.9))
+    half = of_shapes(model=ModelConfig(path="shapes", precision="bf16"), adapter=FullConfig())
     weights = 4 * 1_665_364
     assert lora_.parts.denoiser == weights
     assert lora_.parts.optimizer == 2 * lora_.parts.adapter == 2 * lora_.parts.gradients
     assert lora_.parts.averaged == 0
-    assert full.parts.denoiser == 2 * weights, "and a frozen copy"
+    assert full.parts.denoiser == half.parts.denoiser == 2 * weights, "and a frozen copy, float32 as well"
     assert full.parts.averaged == full.parts.gradients == weights
     assert lora_.parts.trajectories == 256 * (51 * 4 * 8 * 8 * 4 + 2 * 77 * 64 * 4)
 

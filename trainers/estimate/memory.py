@@ -38,7 +38,7 @@ class Parts:
     """Bytes that do not depend on a batch size; of a network that processes split, this process's part.
 
     Attributes:
-        denoiser: Pretrained weights, and their frozen copy with full fine-tuning.
+        denoiser: Pretrained weights; with full fine-tuning the trained ones and their frozen copy, both in float32.
         adapter: LoRA weights in float32; 0 with full fine-tuning.
         gradients: Of the trained weights, float32.
         optimizer: AdamW's averages.
@@ -157,7 +157,7 @@ class _Simulation:
         moments = sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained)
         shares = plan.num_processes if config.distributed.strategy != "ddp" else 1
         return Parts(
-            denoiser=(self._pretrained + (weights if full else 0)) // shares,
+            denoiser=(2 * weights if full else self._pretrained) // shares,
             adapter=0 if full else weights // shares,
             gradients=weights // shares,
             optimizer=moments // shares,

@@ -90,9 +90,8 @@ def scheduler_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
             negative, positive = policy.denoiser.branches(x, t.expand(len(x)), path.condition, policy.rule)
             output = policy.rule.combine(negative, positive, policy.sampler.guidance_scale).float()
             ours = policy(k, x, path.condition).mean
-        stock = scheduler.step(
-            output, t, x, eta=policy.sampler.eta, variance_noise=torch.zeros_like(x), return_dict=False
-        )[0]
+        options = {"eta": policy.sampler.eta, "use_clipped_model_output": policy.schedule.consistent}
+        stock = scheduler.step(output, t, x, **options, variance_noise=torch.zeros_like(x), return_dict=False)[0]
         error = max(error, float((ours - stock).abs().max()))
     yield Measurement(name="mean of every step, max error", exact="DDIMScheduler.step", obtained="same to",
                       error=error, tolerance=1e-5 * max(1.0, float(path.latents.abs().max())))  # fmt: skip
