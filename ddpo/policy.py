@@ -38,8 +38,8 @@ from ddpo.trajectory import Condition
 class Policy:
     """A stepwise Gaussian policy over a pipeline's latents.
 
-    Latents, means and log-probabilities are float32; the network runs in `precision`. Log-probabilities are of the
-    transition that was sampled, in nats, summed over the latent dimensions.
+    Latents and means are float32; the network runs in `precision`. Log-probabilities are of the transition that was
+    sampled, in nats, summed over the latent dimensions, float64.
 
     Attributes:
         pipeline: The stock pipeline; its scheduler is the one that the schedule was read from.
