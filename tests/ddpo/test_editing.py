@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ddpo import LoraConfig, Policy, SamplerConfig, rollout
-from ddpo.input_images import InputImageError, fit, probe_images, read_image
+from ddpo.input_images import InputImageError, fit, identity, probe_images, read_image
 from tests.ddpo.families import tiny_kontext
 from tests.ddpo.more_families import tiny_flux2
 from tests.ddpo.tools import SIZE, counting_calls, make_policy, perturb
@@ -139,6 +139,23 @@ def test_images_are_upright_rgb_on_white(tmp_path):
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     sideways.save(tmp_path / "sideways.jpg", exif=exif)
     assert read_image(tmp_path / "sideways.jpg").size == (10, 20)
+    with Image.open(tmp_path / "sideways.jpg") as opened:
+        assert read_image(opened).size == (10, 20)
     clear = read_image(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))
     assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
     assert fit(clear, (2, 2)) is clear
+
+
+def test_images_are_told_apart_as_they_are_read():
+    def painted(colour):
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([0, 0, 0, *colour])
+        return image
+
+    red, blue = painted((255, 0, 0)), painted((0, 0, 255))
+    assert identity(red) != identity(blue)
+    assert identity(red) == identity(red.convert("RGB"))
+    assert identity(Image.new("RGB", (2, 8))) != identity(Image.new("RGB", (8, 2)))
+    turned = Image.new("RGB", (8, 4), "red")
+    turned.getexif()[0x0112] = 6
+    assert identity(turned) == identity(Image.new("RGB", (4, 8), "red"))
