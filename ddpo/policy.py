@@ -81,15 +81,16 @@ class Policy:
 
         Raises:
             UntraceableError: The pipeline does not fit; the message says why.
-            ValueError: The sampler or the scheduler does not fit the model.
+            ValueError: The sampler or the scheduler does not fit the model, or the denoiser has an adapter already.
         """
         self.name = find_denoiser(pipeline)
+        module: ModelMixin = getattr(pipeline, self.name)
+        lora.check_has_none(module, self.name)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = training_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.sampler = sampler
         self.device = torch.device(device)
-        module: ModelMixin = getattr(pipeline, self.name)
         self.call = read_call(pipeline, module, sampler)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -355,8 +356,14 @@ class Policy:
         Args:
             folder: Where to write; made if missing.
             weights: Values for all of `trainable()`; None takes the present ones.
+
+        Raises:
+            ValueError: Nothing is trained.
         """
-        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, weights or self.trainable())
+        trained = weights or self.trainable()
+        if not trained:
+            raise ValueError("the policy trains nothing to save; give Policy an adapter: LoraConfig() or FullConfig()")
+        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained)
 
     # ---- tracing ----------------------------------------------------------------------------------------------------
 
