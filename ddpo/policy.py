@@ -31,6 +31,7 @@ from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.quantization import Quantization, is_quantized
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.step_selection import StepSelection
 from ddpo.tracing import Step, UntraceableError, find_denoiser, trace
 from ddpo.trajectory import Condition
 
@@ -238,7 +239,8 @@ class Policy:
         """
         other = copy.copy(self)
         other.sampler = sampler
-        if replace(sampler, stochastic_steps=self.sampler.stochastic_steps) != self.sampler:
+        everything = StepSelection()  # which steps are stochastic changes nothing of what is read below
+        if replace(sampler, stochastic_steps=everything) != replace(self.sampler, stochastic_steps=everything):
             module = self.denoiser.module
             other.call = read_call(self.pipeline, module, sampler)
             other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
