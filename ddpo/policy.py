@@ -247,7 +247,8 @@ class Policy:
             with self._decoder.auxiliaries():
                 other._read_pipeline()
             other._decoder = self._decoder.with_call(other.call)
-            other._encoder = other._make_encoder()
+            if other.rule != self.rule or replace(other.call, num_steps=self.call.num_steps) != self.call:
+                other._encoder = other._make_encoder()  # else the encodings are the same, and are shared
             other.denoiser.batch_sizes = self.denoiser.batch_sizes
             other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
         other.begin_epoch(0, seed=seed)
@@ -293,22 +294,20 @@ class Policy:
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------
 
-    def encode(
-        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None, *, chunk_size: int = 16
-    ) -> Condition:
-        """The condition of B prompts; each text, with its image, is encoded once and remembered.
+    def encode(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None) -> Condition:
+        """The condition of B prompts; each text, with its image, is encoded alone and remembered for some time.
 
         Args:
             prompts: B texts.
             metadata: B dictionaries for the rewards; default empty ones. For a pipeline that edits, `image` is each
                 prompt's input image, a file or a PIL image; rewards find there what the pipeline was given, an image
                 of the size of the pictures, and the file under `image_path`.
-            chunk_size: Texts per call of the text encoders, or two texts with images.
 
         Raises:
-            ValueError: An input image is missing or cannot be read, or the pipeline takes none.
+            ValueError: There is no prompt, or one text instead of a sequence of them; `metadata` has another length;
+                an input image is missing or cannot be read, or the pipeline takes none.
         """
-        return self._encoder(prompts, metadata, chunk_size=chunk_size)
+        return self._encoder(prompts, metadata)
 
     def check_inputs(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Refuses prompts without an image where the pipeline edits one, and prompts with one where it does not.
@@ -412,10 +411,12 @@ class Policy:
             except UntraceableError:
                 raise error from None
 
-    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Condition:
+    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
+        """The condition of each prompt, with its image where there are images, from a call of its own."""
         with self._decoder.auxiliaries():
-            (step,) = self._trace(prompts, images, num_steps=1)
-        return self.denoiser.condition(prompts, step, self.rule)
+            for row, prompt in enumerate(prompts):
+                (step,) = self._trace([prompt], None if images is None else [images[row]], num_steps=1)
+                yield self.denoiser.condition([prompt], step, self.rule)
 
     def _make_encoder(self) -> Encoder:
         name = type(self.pipeline).__name__

@@ -52,12 +52,12 @@ def test_the_image_is_part_of_the_state_and_not_of_the_action(policy):
 def test_each_pair_of_text_and_image_is_encoded_once():
     policy = make()
     with counting_calls(policy.pipeline.vae.encoder) as encoded:
-        policy.encode(PROMPTS, images())  # three pairs, two at a time
-        assert len(encoded) == 2
-        policy.encode([PROMPTS[1], PROMPTS[0]], [images()[1], images()[0]])
-        assert len(encoded) == 2
-        policy.encode(PROMPTS[:1], images()[1:2])
+        policy.encode([*PROMPTS, PROMPTS[0]], [*images(), images()[0]])  # three pairs
         assert len(encoded) == 3
+        policy.encode([PROMPTS[1], PROMPTS[0]], [images()[1], images()[0]])
+        assert len(encoded) == 3
+        policy.encode(PROMPTS[:1], images()[1:2])
+        assert len(encoded) == 4
 
 
 def test_decoding_encodes_no_image_twice(policy):
