@@ -154,8 +154,9 @@ class Subject:
 
     def ours(self, latents: Tensor) -> Trajectory:
         """Noise-free chains from the given initial latents."""
+        path = self.path  # sampled with noise, should this be the first use of it
         with self.policy.noise_free():
-            return rollout(self.policy, self.path.condition, self.path.seeds, latents=latents)
+            return rollout(self.policy, path.condition, path.seeds, latents=latents)
 
 
 def make_subject(
