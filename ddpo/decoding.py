@@ -8,6 +8,7 @@ undecorated function carries gradients.
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -84,7 +85,8 @@ class Decoder:
         pipeline = self.pipeline
         run = type(pipeline).__call__.__wrapped__ if with_gradient else type(pipeline).__call__  # type: ignore[attr-defined]
 
-        vae = self.pipeline.components.get("vae")
+        own = pipeline.components.get("vae")
+        vae = self._differentiable(own) if with_gradient else own
 
         def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> object:
             # Some loops keep float32 latents whatever the network is; a VAE may also be wider than the loop.
@@ -98,8 +100,12 @@ class Decoder:
             stack.enter_context(self.auxiliaries())
             stack.enter_context(hollowed(self._denoiser))
             stack.enter_context(replaced(pipeline.scheduler, "step", step))
+            if pipeline.components.get("safety_checker") is not None:  # it would blacken images before they are scored
+                stack.enter_context(replaced(pipeline, "safety_checker", None))
+            if vae is not own:
+                stack.enter_context(replaced(pipeline, "vae", vae))
             if size:
-                stack.enter_context(replaced(vae, "encode", self._encode_image))
+                stack.enter_context(replaced(vae, "encode", partial(self._encode_image, own)))
             if hasattr(pipeline, "encode_prompt"):
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
             images = run(pipeline, **arguments, return_dict=False)[0]
@@ -131,13 +137,21 @@ class Decoder:
                 self._encoded[len(prompt)] = encode(self.pipeline, prompt, *arguments, **options)
         return self._encoded[len(prompt)]
 
-    def _encode_image(self, pixels: Tensor, *arguments: object, **options: object) -> object:
+    def _encode_image(self, vae: ModelMixin, pixels: Tensor, *arguments: object, **options: object) -> object:
         """The encoding of blank input images, computed once per batch size: the tail does not depend on it."""
         if pixels.shape not in self._encoded_images:
-            vae = self.pipeline.components["vae"]
             with torch.no_grad():
                 self._encoded_images[pixels.shape] = type(vae).encode(vae, pixels, *arguments, **options)
         return self._encoded_images[pixels.shape]
+
+    def _differentiable(self, vae: ModelMixin | None) -> ModelMixin | None:
+        """A VAE that may decode in its own precision; of one that may not, a copy in float32.
+
+        A pipeline's tail casts such a VAE to float32 and back at its end, when the backward pass is yet to come.
+        """
+        if vae is None or vae.dtype != torch.float16 or not vae.config.get("force_upcast", False):
+            return vae
+        return copy.deepcopy(vae).to(self._device, torch.float32)
 
     @contextmanager
     def _without_encoders(self, batch_size: int) -> Iterator[None]:

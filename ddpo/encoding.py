@@ -1,7 +1,10 @@
-"""From prompts, with their input images where a pipeline edits, to conditions; each is encoded once and remembered."""
+"""From prompts, with their input images where a pipeline edits, to conditions; each is encoded and remembered.
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+Each prompt is encoded alone: the rounding of a text encoder depends on what is in a batch, and what a prompt means
+must not depend on which prompts came before it, so that a run can be resumed and an evaluation repeated exactly.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from PIL.Image import Image
@@ -10,23 +13,25 @@ from torch import Tensor
 from ddpo import ragged
 from ddpo.input_images import IMAGE, fit, identity, read_image, rewards_metadata
 from ddpo.pipeline_call import PipelineCall
+from ddpo.recent import Recent
 from ddpo.tracing import UntraceableError
 from ddpo.trajectory import Condition
 
-IMAGES_AT_ONCE = 2  # a VAE needs far more memory for a picture than a text encoder for a prompt
+REMEMBERED_BYTES = 2 * 2**30  # of encodings, and as much of input images
 
 Key = tuple[str, str]
 """A text and the identity of its image, empty without one."""
 
-Value = TypeVar("Value")
+Branches = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""The tensors of one prompt: of the conditional and of the unconditional branch."""
 
 
 class Encoder:
-    """Encodes prompts by a pipeline and remembers each."""
+    """Encodes prompts by a pipeline and remembers those that were used most recently."""
 
     def __init__(
         self,
-        encode: Callable[[Sequence[str], Sequence[Image] | None], Condition],
+        encode: Callable[[Sequence[str], Sequence[Image] | None], Iterator[Condition]],
         name: str,
         call: PipelineCall,
         *,
@@ -36,7 +41,7 @@ class Encoder:
         """Starts without anything remembered.
 
         Args:
-            encode: The condition of prompts and their images by the pipeline itself.
+            encode: The condition of each prompt, and its image, alone, by the pipeline itself.
             name: The pipeline's, for messages.
             call: How it is called.
             store: Puts an encoding where it waits to be used.
@@ -47,31 +52,38 @@ class Encoder:
         self._call = call
         self._store = store
         self._device = device
-        self._branches: dict[Key, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-        self._images: dict[str, Image] = {}
+        self._branches: Recent[Key, Branches] = Recent(REMEMBERED_BYTES)
+        self._images: Recent[str, Image] = Recent(REMEMBERED_BYTES)
+        self._negative: dict[str, Tensor] = {}
         self._shapes: dict[tuple[str, str], torch.Size] = {}
 
-    def __call__(
-        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None, *, chunk_size: int
-    ) -> Condition:
+    def __call__(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None) -> Condition:
         """The condition of B prompts; see `ddpo.Policy.encode`."""
         given = tuple({} for _ in prompts) if metadata is None else tuple(metadata)
         self.check(prompts, given)
         names = [identity(entry[IMAGE]) if IMAGE in entry else "" for entry in given]
+        images: dict[str, Image] | None = None
         if self._call.image_size is not None:
-            self._read(names, given, self._call.image_size)
-            given = tuple(rewards_metadata(e, self._images[name]) for e, name in zip(given, names, strict=True))
-            chunk_size = min(chunk_size, IMAGES_AT_ONCE)
+            images = self._read(names, given, self._call.image_size)
+            given = tuple(rewards_metadata(entry, images[name]) for entry, name in zip(given, names, strict=True))
         keys = list(zip(prompts, names, strict=True))
-        for chunk in _chunks([key for key in dict.fromkeys(keys) if key not in self._branches], chunk_size):
-            self._remember(chunk)
-        rows = [self._branches[key] for key in keys]
+        known = self._known(dict.fromkeys(keys), images)
+        rows = [known[key] for key in keys]
         positive, negative = (ragged.collate([row[side] for row in rows]) for side in (0, 1))
         stored = Condition(prompts=tuple(prompts), metadata=given, positive=positive, negative=negative)
         return stored.to(self._device)
 
     def check(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Refuses what does not fit the pipeline; see `ddpo.Policy.check_inputs`."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a sequence of texts, got one text; give [{prompts!r}]")
+        if len(prompts) == 0:
+            raise ValueError("there is no prompt to encode; give at least one")
+        if len(metadata) != len(prompts):
+            raise ValueError(
+                f"there must be one dictionary of metadata for each of {len(prompts)} prompts, got {len(metadata)}; "
+                "leave metadata out for empty ones"
+            )
         edits = self._call.image_size is not None
         for prompt, entry in zip(prompts, metadata, strict=True):
             if edits and IMAGE not in entry:
@@ -85,21 +97,43 @@ class Encoder:
                     "leave out the key `image`, or choose a pipeline that edits, such as FLUX Kontext"
                 )
 
-    def _read(self, names: Sequence[str], metadata: Sequence[Mapping[str, object]], size: tuple[int, int]) -> None:
-        for name, entry in zip(names, metadata, strict=True):
-            if name not in self._images:
-                self._images[name] = fit(read_image(entry[IMAGE]), size)
+    def _read(
+        self, names: Sequence[str], metadata: Sequence[Mapping[str, object]], size: tuple[int, int]
+    ) -> dict[str, Image]:
+        """The input images by their names, at one size."""
+        images: dict[str, Image] = {}
+        for name, entry in dict(zip(names, metadata, strict=True)).items():
+            image = self._images.get(name)
+            if image is None:
+                image = fit(read_image(entry[IMAGE]), size)
+                self._images.put(name, image, len(image.getbands()) * size[0] * size[1])
+            images[name] = image
+        return images
 
-    def _remember(self, keys: Sequence[Key]) -> None:
-        images = [self._images[image] for _, image in keys] if self._call.image_size is not None else None
-        condition = self._encode([prompt for prompt, _ in keys], images)
+    def _known(self, keys: Collection[Key], images: Mapping[str, Image] | None) -> dict[Key, Branches]:
+        """The encodings of all keys; those that are not remembered are made."""
+        known = {key: branches for key in keys if (branches := self._branches.get(key)) is not None}
+        missing = [key for key in keys if key not in known]
+        if missing:
+            given = None if images is None else [images[image] for _, image in missing]
+            conditions = self._encode([prompt for prompt, _ in missing], given)
+            known |= {key: self._remember(key, condition) for key, condition in zip(missing, conditions, strict=True)}
+        return known
+
+    def _remember(self, key: Key, condition: Condition) -> Branches:
+        """Keeps the one row of a condition; an unconditional branch that equals the last one is not kept twice."""
         self._check_shapes(condition)
-        for row, key in enumerate(keys):
-            positive, negative = (
-                ragged.trim({name: self._store(value[row].detach()) for name, value in side.items()})
-                for side in (condition.positive, condition.negative)
-            )
-            self._branches[key] = (positive, negative)
+        positive, negative = (
+            # A copy: a row of a tensor, or what remains of one without its padding, would keep all of it.
+            {name: self._store(value).clone() for name, value in ragged.trim(_first_row(side)).items()}
+            for side in (condition.positive, condition.negative)
+        )
+        if _equal(negative, self._negative):
+            negative, size = self._negative, _bytes(positive)
+        else:
+            self._negative, size = negative, _bytes(positive) + _bytes(negative)
+        self._branches.put(key, (positive, negative), size)
+        return positive, negative
 
     def _check_shapes(self, condition: Condition) -> None:
         """Refuses rows as long as what was encoded together: without a length, padding cannot be told from a prompt."""
@@ -114,5 +148,13 @@ class Encoder:
                     )
 
 
-def _chunks(values: Sequence[Value], size: int) -> list[Sequence[Value]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
+def _first_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[0].detach() for name, value in tensors.items()}
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in tensors.values())
+
+
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())

@@ -28,13 +28,16 @@ class Gaussian:
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of `x`, (B,), in nats, summed over the latent dimensions. Valid only where std > 0.
+        """Log-density of `x`, (B,) float64, in nats, summed over the latent dimensions. Valid only where std > 0.
 
         log N(x; mean, std^2 I) = -||x - mean||^2 / (2 std^2) - D log(std) - D/2 log(2 pi)
+
+        Float64, because policies are told apart by differences of it: it grows with D, to a million nats for a video,
+        where neighbouring float32 numbers are a tenth of a nat apart.
         """
-        dims = self.mean[0].numel()
-        squared = ((x - self.mean) / self.std).flatten(1).square().sum(1)
-        return -0.5 * squared - dims * (self._row_std().log() + 0.5 * math.log(2 * math.pi))
+        dims, std = self.mean[0].numel(), self._row_std().double()
+        squared = (x - self.mean).flatten(1).square().sum(1, dtype=torch.float64)
+        return -0.5 * squared / std**2 - dims * (std.log() + 0.5 * math.log(2 * math.pi))
 
     def kl(self, other: "Gaussian") -> Tensor:
         """KL(self || other), (B,), in nats. Valid only where both share std > 0, as a policy and its reference do.

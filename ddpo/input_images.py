@@ -32,7 +32,7 @@ def read_image(source: object) -> Image.Image:
         InputImageError: It is neither, or the file is missing or no image.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(ImageOps.exif_transpose(source))
     if not isinstance(source, str | Path):
         raise InputImageError(f"an input image must be a file or a PIL image, got {type(source).__name__}")
     try:
@@ -67,10 +67,11 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def identity(source: object) -> str:
-    """A text that is equal for equal images: the path of a file, the content of a PIL image."""
+    """A text that is equal for equal images: the path of a file, what `read_image` makes of a PIL image."""
     if isinstance(source, Image.Image):
-        content = hashlib.blake2b(source.tobytes(), digest_size=16).hexdigest()
-        return f"{source.mode} {source.size} {content}"
+        image = read_image(source)
+        content = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+        return f"{image.mode} {image.size} {content}"
     return str(source)
 
 

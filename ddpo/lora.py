@@ -62,6 +62,28 @@ class FullConfig:
 AdapterConfig = LoraConfig | FullConfig
 
 
+def check_has_none(denoiser: nn.Module, name: str) -> None:
+    """Refuses a network that has an adapter already.
+
+    Switching the trained adapter off, which gives the pretrained model, would switch that one off as well.
+
+    Args:
+        denoiser: The network.
+        name: Its component name in the pipeline.
+
+    Raises:
+        ValueError: It has one; the message says how to make it part of the weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(layer, BaseTunerLayer) for layer in denoiser.modules()):
+        raise ValueError(
+            f"the pipeline's {name} already has an adapter; make it part of the weights first, by "
+            "`pipeline.fuse_lora(); pipeline.unload_lora_weights()`, or, if another Policy added it, give each a "
+            "pipeline of its own (Policy.with_sampler samples the same weights otherwise)"
+        )
+
+
 def attach(denoiser: nn.Module, config: AdapterConfig, *, seed: int = 0) -> None:
     """Makes the configured weights of `denoiser` trainable, in float32, and freezes the rest.
 

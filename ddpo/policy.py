@@ -31,6 +31,7 @@ from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.quantization import Quantization, is_quantized
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
 from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.step_selection import StepSelection
 from ddpo.tracing import Step, UntraceableError, find_denoiser, trace
 from ddpo.trajectory import Condition
 
@@ -38,8 +39,8 @@ from ddpo.trajectory import Condition
 class Policy:
     """A stepwise Gaussian policy over a pipeline's latents.
 
-    Latents, means and log-probabilities are float32; the network runs in `precision`. Log-probabilities are of the
-    transition that was sampled, in nats, summed over the latent dimensions.
+    Latents and means are float32; the network runs in `precision`. Log-probabilities are of the transition that was
+    sampled, in nats, summed over the latent dimensions, float64.
 
     Attributes:
         pipeline: The stock pipeline; its scheduler is the one that the schedule was read from.
@@ -81,15 +82,16 @@ class Policy:
 
         Raises:
             UntraceableError: The pipeline does not fit; the message says why.
-            ValueError: The sampler or the scheduler does not fit the model.
+            ValueError: The sampler or the scheduler does not fit the model, or the denoiser has an adapter already.
         """
         self.name = find_denoiser(pipeline)
+        module: ModelMixin = getattr(pipeline, self.name)
+        lora.check_has_none(module, self.name)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = training_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.sampler = sampler
         self.device = torch.device(device)
-        module: ModelMixin = getattr(pipeline, self.name)
         self.call = read_call(pipeline, module, sampler)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -237,14 +239,16 @@ class Policy:
         """
         other = copy.copy(self)
         other.sampler = sampler
-        if replace(sampler, stochastic_steps=self.sampler.stochastic_steps) != self.sampler:
+        everything = StepSelection()  # which steps are stochastic changes nothing of what is read below
+        if replace(sampler, stochastic_steps=everything) != replace(self.sampler, stochastic_steps=everything):
             module = self.denoiser.module
             other.call = read_call(self.pipeline, module, sampler)
             other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
             with self._decoder.auxiliaries():
                 other._read_pipeline()
             other._decoder = self._decoder.with_call(other.call)
-            other._encoder = other._make_encoder()
+            if other.rule != self.rule or replace(other.call, num_steps=self.call.num_steps) != self.call:
+                other._encoder = other._make_encoder()  # else the encodings are the same, and are shared
             other.denoiser.batch_sizes = self.denoiser.batch_sizes
             other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
         other.begin_epoch(0, seed=seed)
@@ -290,22 +294,20 @@ class Policy:
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------
 
-    def encode(
-        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None, *, chunk_size: int = 16
-    ) -> Condition:
-        """The condition of B prompts; each text, with its image, is encoded once and remembered.
+    def encode(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None) -> Condition:
+        """The condition of B prompts; each text, with its image, is encoded alone and remembered for some time.
 
         Args:
             prompts: B texts.
             metadata: B dictionaries for the rewards; default empty ones. For a pipeline that edits, `image` is each
                 prompt's input image, a file or a PIL image; rewards find there what the pipeline was given, an image
                 of the size of the pictures, and the file under `image_path`.
-            chunk_size: Texts per call of the text encoders, or two texts with images.
 
         Raises:
-            ValueError: An input image is missing or cannot be read, or the pipeline takes none.
+            ValueError: There is no prompt, or one text instead of a sequence of them; `metadata` has another length;
+                an input image is missing or cannot be read, or the pipeline takes none.
         """
-        return self._encoder(prompts, metadata, chunk_size=chunk_size)
+        return self._encoder(prompts, metadata)
 
     def check_inputs(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Refuses prompts without an image where the pipeline edits one, and prompts with one where it does not.
@@ -355,8 +357,14 @@ class Policy:
         Args:
             folder: Where to write; made if missing.
             weights: Values for all of `trainable()`; None takes the present ones.
+
+        Raises:
+            ValueError: Nothing is trained.
         """
-        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, weights or self.trainable())
+        trained = weights or self.trainable()
+        if not trained:
+            raise ValueError("the policy trains nothing to save; give Policy an adapter: LoraConfig() or FullConfig()")
+        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained)
 
     # ---- tracing ----------------------------------------------------------------------------------------------------
 
@@ -403,10 +411,12 @@ class Policy:
             except UntraceableError:
                 raise error from None
 
-    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Condition:
+    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
+        """The condition of each prompt, with its image where there are images, from a call of its own."""
         with self._decoder.auxiliaries():
-            (step,) = self._trace(prompts, images, num_steps=1)
-        return self.denoiser.condition(prompts, step, self.rule)
+            for row, prompt in enumerate(prompts):
+                (step,) = self._trace([prompt], None if images is None else [images[row]], num_steps=1)
+                yield self.denoiser.condition([prompt], step, self.rule)
 
     def _make_encoder(self) -> Encoder:
         name = type(self.pipeline).__name__

@@ -39,13 +39,13 @@ def rollout(
         latents: Initial latents, (B, *latent); default the prior's, from the seeds.
 
     Returns:
-        The trajectories, float32 on the policy's device.
+        The trajectories on the policy's device, float32 but for the log-probabilities.
     """
     noise = policy.noise(seeds)
     x = noise[:, 0] if latents is None else latents.to(noise)
     states, log_probs = [x], []
     steps: dict[int, Gaussian] = {}
-    zeros = x.new_zeros(x.shape[0])
+    zeros = x.new_zeros(x.shape[0], dtype=torch.float64)
     stochastic = policy.schedule.stochastic_steps
     for k in range(policy.schedule.num_steps):
         if guided:

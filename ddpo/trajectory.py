@@ -74,7 +74,8 @@ class Trajectory:
     Attributes:
         latents: States x_0 .. x_T in sampling order (pure noise first), (B, T+1, *latent) float32; they and the
             condition may wait on the CPU while the rest is on the device.
-        log_probs: Log-density of each step under the policy that is trained, (B, T) nats; 0 at deterministic steps.
+        log_probs: Log-density of each step under the policy that is trained, (B, T) float64, nats; 0 at deterministic
+            steps.
         kl: KL(policy || reference) at each visited state, (B, T) nats, 0 at deterministic steps; None if not measured.
         condition: B rows.
         seeds: Seed of each sample, (B,) int64; sample b is a function of the policy, its condition and seeds[b].
@@ -177,7 +178,7 @@ class Transitions:
         steps: Step index k, (N,) int64.
         latents: State x_k, (N, *latent).
         next_latents: The sampled x_{k+1}, (N, *latent).
-        log_probs: Its log-density when it was sampled, (N,) nats.
+        log_probs: Its log-density when it was sampled, (N,) float64, nats.
         advantages: (N,).
         kl_weight: (N,), see `Experience`.
         penalised: Whether alpha > 0.

@@ -45,7 +45,7 @@ class ModelConfig:
         path: Folder or Hugging Face id of a diffusers text-to-image pipeline; `shapes` is the one shipped here.
         revision: Branch, tag or commit on the hub; null takes the main branch.
         variant: Weight file variant, e.g. `fp16`; null takes the plain files.
-        precision: Number format of the networks; latents, log-probabilities and advantages are always float32.
+        precision: Number format of the networks; latents and advantages are always float32, log-probabilities float64.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.3 times the time.
         offload: Keep the text encoder and the VAE on the CPU while they are not needed; an epoch's prompts are encoded
             in one go, and the text encoder is not needed for decoding.

@@ -244,7 +244,7 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, with_kl: bool = False) -> Trajectory:
-    """Samples one batch. Prompts are encoded one by one, so that an image does not depend on the batches before it.
+    """Samples one batch.
 
     Args:
         policy: What to sample from.
@@ -252,9 +252,7 @@ def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, w
         seeds: (B,) int64.
         with_kl: Whether to measure the KL to the pretrained model.
     """
-    condition = policy.encode(
-        [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts], chunk_size=1
-    )
+    condition = policy.encode([prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
     return rollout(policy, condition, seeds, with_kl=with_kl)
 
 

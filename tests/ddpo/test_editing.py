@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ddpo import LoraConfig, Policy, SamplerConfig, rollout
-from ddpo.input_images import InputImageError, fit, probe_images, read_image
+from ddpo.input_images import InputImageError, fit, identity, probe_images, read_image
 from tests.ddpo.families import tiny_kontext
 from tests.ddpo.more_families import tiny_flux2
 from tests.ddpo.tools import SIZE, counting_calls, make_policy, perturb
@@ -52,12 +52,12 @@ def test_the_image_is_part_of_the_state_and_not_of_the_action(policy):
 def test_each_pair_of_text_and_image_is_encoded_once():
     policy = make()
     with counting_calls(policy.pipeline.vae.encoder) as encoded:
-        policy.encode(PROMPTS, images())  # three pairs, two at a time
-        assert len(encoded) == 2
-        policy.encode([PROMPTS[1], PROMPTS[0]], [images()[1], images()[0]])
-        assert len(encoded) == 2
-        policy.encode(PROMPTS[:1], images()[1:2])
+        policy.encode([*PROMPTS, PROMPTS[0]], [*images(), images()[0]])  # three pairs
         assert len(encoded) == 3
+        policy.encode([PROMPTS[1], PROMPTS[0]], [images()[1], images()[0]])
+        assert len(encoded) == 3
+        policy.encode(PROMPTS[:1], images()[1:2])
+        assert len(encoded) == 4
 
 
 def test_decoding_encodes_no_image_twice(policy):
@@ -139,6 +139,23 @@ def test_images_are_upright_rgb_on_white(tmp_path):
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     sideways.save(tmp_path / "sideways.jpg", exif=exif)
     assert read_image(tmp_path / "sideways.jpg").size == (10, 20)
+    with Image.open(tmp_path / "sideways.jpg") as opened:
+        assert read_image(opened).size == (10, 20)
     clear = read_image(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))
     assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
     assert fit(clear, (2, 2)) is clear
+
+
+def test_images_are_told_apart_as_they_are_read():
+    def painted(colour):
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([0, 0, 0, *colour])
+        return image
+
+    red, blue = painted((255, 0, 0)), painted((0, 0, 255))
+    assert identity(red) != identity(blue)
+    assert identity(red) == identity(red.convert("RGB"))
+    assert identity(Image.new("RGB", (2, 8))) != identity(Image.new("RGB", (8, 2)))
+    turned = Image.new("RGB", (8, 4), "red")
+    turned.getexif()[0x0112] = 6
+    assert identity(turned) == identity(Image.new("RGB", (4, 8), "red"))

@@ -93,29 +93,38 @@ def encode(policy):
     return policy.encode(PROMPTS, metadata(policy))
 
 
-def run_stock(pipeline, policy):
-    """A stock pipeline's images (all frames of a video) and the recorded steps of its loop."""
-    images = [entry["image"] for entry in metadata(policy)] if policy.call.image_size else None
-    generator = torch.Generator().manual_seed(5)
-    arguments = policy.call.arguments(PROMPTS, images=images, output_type="pt", generator=generator)
+def run_stock(pipeline, policy, rows=(0, 1)):
+    """A stock pipeline's images (all frames of a video) and the recorded steps of its loop, on some of the prompts."""
+    images = [metadata(policy)[row]["image"] for row in rows] if policy.call.image_size else None
+    prompts, generator = [PROMPTS[row] for row in rows], torch.Generator().manual_seed(5)
+    arguments = policy.call.arguments(prompts, images=images, output_type="pt", generator=generator)
     with recording(pipeline, getattr(pipeline, policy.name)) as steps:
         images = pipeline(**arguments, return_dict=False)[0]
     return images if images.ndim == 5 else images[:, None], steps
 
 
-@every_family
-def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
-    policy = make(family, "ode")
-    assert policy.rule.name == FAMILIES[family].rule
-    images, steps = run_stock(stock(family), policy)
-    condition = encode(policy)
+def assert_outputs_are_equal(policy, condition, steps):
+    """Every step's guided model output, ours against the recorded one."""
     assert len(steps) == policy.schedule.num_steps == 3
     with torch.no_grad():
         for k, step in enumerate(steps):
-            time = policy.schedule.model_time[k].expand(2)
+            time = policy.schedule.model_time[k].expand(len(condition))
             branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
             output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
             assert (output - step.model_output).abs().max() == 0, k
+
+
+@every_family
+def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
+    """The stock pipeline encodes two prompts together, with other rounding than each alone, as the policy does."""
+    policy, pipeline = make(family, "ode"), stock(family)
+    assert policy.rule.name == FAMILIES[family].rule
+    condition = encode(policy)
+    for row in range(2):
+        _, steps = run_stock(pipeline, policy, [row])
+        assert_outputs_are_equal(policy, condition.index(torch.tensor([row])), steps)
+    images, steps = run_stock(pipeline, policy)
+    assert_outputs_are_equal(policy, policy.denoiser.condition(PROMPTS, steps[0], policy.rule), steps)
     final = rollout(policy, condition, torch.arange(2), latents=steps[0].sample).final
     torch.testing.assert_close(policy.decode_frames(final), images, rtol=0, atol=2e-5)
     torch.testing.assert_close(policy.decode(final), images[:, images.shape[1] // 2], rtol=0, atol=2e-5)

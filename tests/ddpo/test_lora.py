@@ -1,11 +1,12 @@
 """What is trained, and that other tools load it."""
 
+import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from ddpo import FullConfig, LoraConfig, rollout
+from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.lora import default_targets
 from ddpo.validation import FieldError
 from tests.ddpo.tools import PROMPTS, SIZE, make_policy, perturb, prior
@@ -113,3 +114,66 @@ def test_fully_trained_weights_load_as_the_pipelines_denoiser(tmp_path):
 def test_an_option_out_of_range_is_refused_with_its_field(field, value):
     with pytest.raises(FieldError, match=f"{field} must be .*got {value}"):
         LoraConfig(**{field: value})
+
+
+# ---- a pipeline that has an adapter already --------------------------------------------------------------------------
+
+
+def trained_adapter(folder):
+    """A policy that was trained, and its adapter in a stock pipeline."""
+    policy = make_policy(adapter=LoraConfig(rank=4, alpha=8.0), kind="ode")
+    perturb(policy)
+    policy.save(folder)
+    pipeline = tiny_stable_diffusion()
+    pipeline.load_lora_weights(str(folder))
+    return policy, pipeline
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(rank=2), FullConfig(), None], ids=["lora", "full", "none"])
+def test_a_pipeline_with_an_adapter_is_refused_before_it_is_changed(tmp_path, adapter):
+    _, pipeline = trained_adapter(tmp_path)
+    scheduler = pipeline.scheduler
+    trained = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match=r"unet already has an adapter; .*fuse_lora\(\); pipeline.unload_lora"):
+        make_policy(pipeline=pipeline, adapter=adapter)
+    assert pipeline.scheduler is scheduler
+    assert trained == [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
+
+
+def test_an_adapter_of_another_name_or_on_other_layers_is_refused():
+    pipeline = tiny_stable_diffusion()
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1"]), adapter_name="style")
+    with pytest.raises(ValueError, match="unet already has an adapter"):
+        make_policy(pipeline=pipeline)
+
+
+def test_a_second_policy_on_a_pipeline_is_refused_and_another_sampler_is_not():
+    policy = make_policy()
+    with pytest.raises(ValueError, match="if another Policy added it, give each a pipeline of its own"):
+        make_policy(pipeline=policy.pipeline)
+    assert policy.with_sampler(SamplerConfig(num_steps=2, **SIZE)).trainable().keys() == policy.trainable().keys()
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(rank=2), FullConfig()], ids=["lora", "full"])
+def test_training_goes_on_from_an_exported_adapter_that_was_fused(tmp_path, adapter):
+    first, pipeline = trained_adapter(tmp_path / "first")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    second = make_policy(pipeline=pipeline, adapter=adapter, kind="ode")
+    loaded = Policy.from_pretrained(tmp_path / "fused", sampler=second.sampler, adapter=adapter, device="cpu")
+    seeds = torch.arange(4)
+    expected = rollout(first, first.encode(PROMPTS), seeds).final
+    for policy in (second, loaded):
+        torch.testing.assert_close(rollout(policy, policy.encode(PROMPTS), seeds).final, expected, rtol=0, atol=2e-5)
+        with policy.reference():
+            reference = rollout(policy, policy.encode(PROMPTS), seeds).final
+        torch.testing.assert_close(reference, expected, rtol=0, atol=2e-5)
+    second.save(tmp_path / "second")
+    assert list((tmp_path / "second").rglob("*.safetensors"))
+
+
+def test_a_policy_that_trains_nothing_has_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match=r"trains nothing to save; give Policy an adapter: LoraConfig\(\) or Full"):
+        make_policy(adapter=None).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -273,7 +273,7 @@ def test_encode_encodes_each_text_once(monkeypatch):
     encoded = []
     encode = policy.pipeline.encode_prompt
     monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda p, *a, **k: encoded.extend(p) or encode(p, *a, **k))
-    condition = policy.encode(["a cat", "two dogs", "a cat"], [{"n": 1}, {"n": 2}, {"n": 3}], chunk_size=1)
+    condition = policy.encode(["a cat", "two dogs", "a cat"], [{"n": 1}, {"n": 2}, {"n": 3}])
     policy.encode(["two dogs", "a cat"])
     assert sorted(encoded) == ["a cat", "two dogs"]
     assert condition.prompts == ("a cat", "two dogs", "a cat")

@@ -63,7 +63,7 @@ def test_lengths_stay_on_the_host_wherever_the_embeddings_go(name):
 def test_model_outputs_equal_the_stock_pipelines_whatever_was_encoded_together(name, prompts):
     """Equal lengths make Qwen-Image's pipeline leave the mask out, unequal ones make it pad to the longest."""
     policy, stock = make(name, "ode"), BUILD[name]()
-    policy.encode(PROMPTS, chunk_size=3)
+    policy.encode(PROMPTS)
     stock.scheduler = training_scheduler(stock.scheduler)
     arguments = policy.call.arguments(prompts, output_type="pt", generator=torch.Generator().manual_seed(5))
     with recording(stock, stock.transformer) as steps:

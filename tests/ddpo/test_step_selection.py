@@ -226,6 +226,15 @@ def test_a_policy_with_another_sampler_shares_the_weights_and_gives_the_images_o
     assert policy.decode(before).shape == (2, 3, 32, 32), "the first policy is as it was"
 
 
+def test_another_sampler_may_have_fewer_steps_than_training_selects():
+    """The configuration of one sampler with the other's selection would be refused, and is never made."""
+    selection = StepSelection(kind="random", size=8)
+    policy = Policy(tiny_stable_diffusion(), sampler=SamplerConfig(num_steps=12, stochastic_steps=selection))
+    view = policy.with_sampler(SamplerConfig(num_steps=4))
+    assert view.schedule.num_steps == 4 and len(view.schedule.stochastic_steps) == 4
+    assert len(policy.schedule.stochastic_steps) == 8
+
+
 def test_an_evaluation_keeps_the_steps_of_the_first_epoch_while_the_window_moves(policy):
     view = policy.with_sampler(policy.sampler)
     policy.begin_epoch(2, seed=0)

@@ -154,8 +154,9 @@ class Subject:
 
     def ours(self, latents: Tensor) -> Trajectory:
         """Noise-free chains from the given initial latents."""
+        path = self.path  # sampled with noise, should this be the first use of it
         with self.policy.noise_free():
-            return rollout(self.policy, self.path.condition, self.path.seeds, latents=latents)
+            return rollout(self.policy, path.condition, path.seeds, latents=latents)
 
 
 def make_subject(
@@ -222,12 +223,13 @@ def trace_rows(subject: Subject) -> Iterator[Measurement]:
 
 
 def output_rows(subject: Subject) -> Iterator[Measurement]:
-    """The combined model output at the stock loop's own latents and times."""
+    """The combined model output at the stock loop's own latents, times and embeddings, which it encodes as a batch."""
     policy, error, largest = subject.policy, 0.0, 0.0
+    condition = policy.denoiser.condition(PROMPTS, subject.stock.steps[0], policy.rule)
     for k, step in enumerate(subject.stock.steps):
         time = policy.schedule.model_time[k].expand(len(PROMPTS))
         with torch.no_grad():
-            branches = policy.denoiser.branches(step.sample, time, subject.path.condition, policy.rule)
+            branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
             output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
         error = max(error, float((output - step.model_output).abs().max()))
         largest = max(largest, float(step.model_output.abs().max()))
