@@ -138,7 +138,7 @@ def test_embeddings_whose_length_depends_on_the_prompt_unnoticed_are_refused_whe
     policy.pipeline.encode_prompt = cut
     with pytest.raises(UntraceableError, match=r"Pipeline makes encoder_hidden_states of shape \(70, 32"):
         if together:
-            policy.encode(["a cat", "two dogs"], chunk_size=1)
+            policy.encode(["a cat", "two dogs"])
         else:
             policy.encode(["a cat"])
             policy.encode(["two dogs"])
