@@ -25,8 +25,8 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from rewards.base import TOTAL_KEY, Metadata
-from rewards.card import Card
+from rewards.base import Metadata, total_and_parts
+from rewards.card import Card, part_of
 from rewards.loading import load_named
 from rewards.registry import register, resolve
 
@@ -43,6 +43,7 @@ Judge = Callable[[Tensor, Tensor, list[str], list[Metadata]], Tensor]
         origin="Mann-Whitney win rate; Bradley & Terry 1952 with a temperature",
         licence="definition",
         typical="0 worst of its prompt, 0.5 median, 1 best",
+        parts=lambda options: part_of(options.get("reward"), options.get("options")),
     ),
 )
 @final
@@ -78,7 +79,7 @@ class Rank:
         gaps = (scores[:, None] - scores[None, :]).double()
         gaps[gaps.abs() <= TIE * float(scores.abs().max())] = 0.0
         wins = torch.sigmoid(gaps / self._temperature) if self._temperature else (gaps.sign() + 1) / 2
-        return {TOTAL_KEY: mean_of_others(wins), self._reward.name: scores}
+        return total_and_parts(mean_of_others(wins), {self._reward.name: scores})
 
 
 @register(
