@@ -45,8 +45,9 @@ def catalogue() -> str:
 
 def _markdown_row(noted: Registration) -> list[str]:
     card = noted.card
-    programs = [f"or `{program}`" for other in card.alternatives for program in other.programs]
-    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *programs])
+    others = [f"or `{program}`" for other in card.alternatives for program in other.programs]
+    others += [f"extra `{a.extra}` for {a.option}: {a.value}" for a in card.alternatives if a.extra]
+    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *others])
     gradient = "yes" if noted.differentiable else ""
     described = _describe(noted).rstrip(".")
     cells = [f"`{noted.name}`", gradient, _format_range(noted.range), card.typical, described, needs, card.licence]
