@@ -105,7 +105,8 @@ class RewardService:
         self._token = token
         self._identities = {reward.name: identity for reward, identity in rewards}
         if len(self._identities) != len(rewards):
-            raise ValueError(f"each reward can be served once, got {[reward.name for reward, _ in rewards]}")
+            served = [reward.name for reward, _ in rewards]
+            raise ValueError(f"each reward can be served once, or under labels (LABEL=NAME), got {served}")
         self._batchers = {
             reward.name: Batcher(
                 reward,

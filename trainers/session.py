@@ -61,7 +61,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
         stem: What an unnamed run is called after; None takes the first reward.
     """
     if stem is None:
-        stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+        stem = config.rewards[0].shown.replace(":", "-").replace("/", "-") if config.rewards else "run"
     made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)

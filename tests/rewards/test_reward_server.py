@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rewards import RewardError, resolve
-from rewards.serve import check_exposure, is_loopback, read_token, split_options
+from rewards.serve import check_exposure, is_loopback, read_token, split_label, split_options
 from rewards.wire import SAFETENSORS, encode_request
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +250,15 @@ def test_names_carry_options_as_json():
     assert split_options("ocr") == ("ocr", {})
     with pytest.raises(ValueError, match="JSON object"):
         split_options("ocr={threads: 2}")
+
+
+def test_a_label_stands_before_the_name():
+    assert split_label('fast=ocr={"threads": 2}') == ("fast", 'ocr={"threads": 2}')
+    assert split_label("bright=mine.py:Light") == ("bright", "mine.py:Light")
+    for plain in ("ocr", 'ocr={"threads": 2}', "./a=b/mine.py:x", 'mine.py:x={"y": "a=b"}'):
+        assert split_label(plain) == ("", plain)
+    with pytest.raises(ValueError, match="label must not be one of"):
+        split_label("mean=ocr")
 
 
 def test_the_server_ends_with_its_parent(tmp_path):
