@@ -46,7 +46,7 @@ def serve(
         host: address to bind.
         port: port to bind; 0 takes a free one.
         device: for rewards with weights.
-        token_file: file whose first line is the token; the variable DDPO_REWARD_TOKEN when None, else no token.
+        token_file: file that holds the token and nothing else; the variable DDPO_REWARD_TOKEN when None, else no token.
         limits: what is accepted.
         ends_with_parent: end when standard input closes, which it does when the process that started this one is gone.
         announce: called with a line of JSON, `{"url", "rewards"}`, once requests are answered.

@@ -314,6 +314,9 @@ def test_tokens_come_from_a_file_or_the_environment_and_must_be_long(tmp_path, m
     assert (read_token(file), read_token(None)) == (TOKEN, None)
     monkeypatch.setenv("DDPO_REWARD_TOKEN", TOKEN)
     assert read_token(None) == TOKEN
+    file.write_text(f"{TOKEN}\na second line\n")
+    with pytest.raises(ValueError, match="without spaces"):
+        read_token(file)
     file.write_text("")
     for wrong in (file, tmp_path / "none"):
         with pytest.raises(ValueError, match="token"):

@@ -55,7 +55,7 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="its first line is the token (default: DDPO_REWARD_TOKEN, if set)",
+        help="holds the token and nothing else (default: DDPO_REWARD_TOKEN, if set)",
     )
     parser.add_argument(
         "--max-batch", type=positive, default=64, help="images up to which requests are joined; 1: never (default 64)"
