@@ -92,8 +92,8 @@ def test_a_fitted_rewards_encoder_is_looked_at_too(without, tmp_path, encoder, m
 
 
 def test_options_are_compared_with_the_constructor_before_anything_is_made():
-    with pytest.raises(ConfigError, match=r"rewards.0.name: reward 'diversity': unknown option 'embeding'"):
-        check_rewards(a_config(name="diversity", options={"embeding": "colour"}))
+    with pytest.raises(ConfigError, match=r"rewards.0.name: reward 'diversity': unknown option 'emmbedding'"):
+        check_rewards(a_config(name="diversity", options={"emmbedding": "colour"}))
     with pytest.raises(ConfigError, match=r"rewards.0.name: reward 'brightness' is a function and takes no options"):
         check_rewards(a_config(name="brightness", options={"x": 1}))
 
