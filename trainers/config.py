@@ -82,6 +82,7 @@ class BatchConfig:
 
     Attributes:
         samples_per_epoch: Images per epoch over all processes; a multiple of group_size, and at least one a process.
+            With a reward that compares the images of a group, a multiple of group_size times the number of processes.
         group_size: Images per prompt in an epoch.
         sample_batch_size: Per device: images per denoiser call while sampling (two rows each with guidance).
         train_batch_size: Per device: transitions (sample, step) per forward and backward pass. Bounds memory; the size

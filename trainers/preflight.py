@@ -8,11 +8,12 @@ import torch
 
 from rewards import RewardTerm
 from rewards.combine import check_reported
+from rewards.registry import find
 from rewards.requirements import check_requirements, reported_name
 from trainers.config import Config
 from trainers.config_errors import ConfigError
 from trainers.optimizers import check_optimizer
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan, check_whole_groups, make_plan
 from trainers.prompts import load_prompts
 
 
@@ -37,7 +38,10 @@ def preflight(config: Config, *, num_processes: int, with_prompts: bool = True) 
         load_prompts(config.prompts)
         if config.evaluation.prompts is not None:
             load_prompts(config.evaluation.prompts)
-    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    plan = make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    if any(find(term.name).groupwise for term in config.terms):  # others only know it once they are made
+        check_whole_groups(plan)
+    return plan
 
 
 def check_model(config: Config) -> None:

@@ -11,8 +11,9 @@ from ddpo.kl import FixedKL
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
 from rewards import RewardTerm, WeightedSum
-from trainers.config import BatchConfig, Config, DistributedConfig
+from trainers.config import BatchConfig, Config, DistributedConfig, RunConfig, TrackingConfig
 from trainers.plan import PlanError, check_whole_groups, chunks, make_plan, share, split_evenly
+from trainers.preflight import preflight
 from trainers.session import make_session
 
 
@@ -218,3 +219,15 @@ def test_a_session_with_a_groupwise_reward_needs_whole_groups():
     config = a_config(samples=9, group=3)
     with pytest.raises(PlanError, match=r"multiple of 6 \(2 processes x 3.* got 9, nearest possible: 6 or 12"):
         make_session(config, policy, reward, None, [], [], processes, None, first_step=0)
+
+
+def test_whole_groups_are_asked_for_before_weights_load(tmp_path):
+    config = dataclasses.replace(
+        a_config(samples=9, group=3),
+        rewards=(RewardTerm(name="diversity"),),
+        run=RunConfig(output_dir=str(tmp_path)),
+        tracking=TrackingConfig(trackers=()),
+    )
+    preflight(config, num_processes=3)
+    with pytest.raises(PlanError, match="got 9, nearest possible: 6 or 12"):
+        preflight(config, num_processes=2)
