@@ -81,7 +81,7 @@ class RewardTerm:
     @property
     def aliases(self) -> tuple[str, ...]:
         """What a constraint or a command may call this term by: the label alone where there is one."""
-        return (self.name, self.name.rpartition(":")[2]) if self.label is None else (self.label,)
+        return (self.name, self.name.rpartition(":")[2], self.shown) if self.label is None else (self.label,)
 
     def weight_at(self, epoch: int) -> float:
         """The weight after `epoch` finished epochs."""

@@ -176,6 +176,14 @@ def test_what_only_a_constraint_names_is_scored_with_weight_zero() -> None:
     assert [(term.name, term.weight) for term in config.terms] == [("my.py:mine", 1.0), ("redness", 0.0)]
 
 
+def test_constraints_know_rewards_by_label_and_what_servers_score_by_its_name() -> None:
+    config = Config(
+        rewards=(RewardTerm(name="my.py:mine", label="own"), RewardTerm(name="remote", options={"reward": "ocr"})),
+        constraints=tuple(Constraint(reward=name, at_most=1.0) for name in ("own", "own/part", "ocr", "my.py:mine")),
+    )
+    assert [(term.name, term.weight) for term in config.terms[2:]] == [("my.py:mine", 0.0)]
+
+
 def test_the_buffer_hands_on_whole_groups_in_order() -> None:
     buffer = GroupBuffer(3)
     images = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 2, 2)
