@@ -2,7 +2,8 @@
 
     score = head(e / |e|),   e the pooled output of SigLIP's vision tower, head 1152-1024-128-64-16-1
 
-Rates illustrations and photographs from 1 to 10; the prompt plays no part.
+Rates illustrations and photographs from 1 to 10; the prompt plays no part. SigLIP is pinned, the head is not: it
+is what the author has on the branch main, of unknown hash.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Legend: `B` batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -155,15 +155,11 @@ class Reward:
             return self._run(images, prompts, metadata)
         rows = group_rows(prompts, groups)
         parts = [self._run(images[own], [prompts[b] for b in own], [metadata[b] for b in own]) for own in rows]
-        order = torch.tensor([b for own in rows for b in own]).argsort()
-
-        def restore(values: list[Tensor]) -> Tensor:
-            joined = torch.cat(values)
-            return joined[order.to(joined.device)]
-
+        joined = concatenate(parts, reward=self.name)
+        order = torch.tensor([b for own in rows for b in own]).argsort().to(joined.total.device)
         return Scores(
-            total=restore([part.total for part in parts]),
-            components={name: restore([part.components[name] for part in parts]) for name in parts[0].components},
+            total=joined.total[order],
+            components={name: values[order.to(values.device)] for name, values in joined.components.items()},
         )
 
     def _run(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
@@ -197,6 +193,53 @@ def check_inputs(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
         if isinstance(values, str) or len(values) != images.shape[0]:
             count = "a single string" if isinstance(values, str) else str(len(values))
             raise ValueError(f"{label} must have one entry for each of the {images.shape[0]} images, got {count}")
+
+
+def concatenate(parts: Sequence[Scores], *, reward: str = "") -> Scores:
+    """The scores of several batches, at least one, as those of one.
+
+    Args:
+        parts: of the batches, in order.
+        reward: whose they are; empty for a sum, whose components name their rewards.
+
+    Raises:
+        RewardError: the batches have different components.
+    """
+    for part in parts:
+        check_components(parts[0].components, part.components, reward=reward)
+    return Scores(
+        total=torch.cat([part.total for part in parts]),
+        components={name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components},
+    )
+
+
+def check_components(first: Iterable[str], names: Iterable[str], *, reward: str = "") -> None:
+    """Raise RewardError unless a batch reports the same components as the first one, in whatever order.
+
+    Args:
+        first: of the first batch.
+        names: of another batch.
+        reward: whose they are; empty for a sum, whose components `<reward>/<component>` name their rewards.
+    """
+    expected, got = sorted(set(first)), sorted(set(names))
+    different = sorted(set(expected) ^ set(got))
+    if not different:
+        return
+    if not reward:
+        reward = different[0].partition("/")[0]
+        expected, got = ([name for name in own if name.startswith(f"{reward}/")] for own in (expected, got))
+    raise RewardError(
+        f"reward {reward!r} reports other components for one batch ({', '.join(got) or 'none'}) than for the first "
+        f"({', '.join(expected) or 'none'}); return the same keys for every batch, with 0 where one has no meaning"
+    )
+
+
+def total_and_parts(total: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a reward made of others returns: its own total, and theirs as components.
+
+    A part that is itself called `score` is reported as `raw/score`, which no other part can be called.
+    """
+    return {TOTAL_KEY: total, **{f"raw/{name}" if name == TOTAL_KEY else name: part for name, part in parts.items()}}
 
 
 def group_rows(prompts: Sequence[str], groups: Sequence[int] | None) -> list[list[int]]:

@@ -60,14 +60,20 @@ class Batcher:
         return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Future[Scores]:
-        """Queue a request; cancel the future to take it out again before it is scored."""
+        """Queue a request; cancel the future to take it out again before it is scored, and free its images."""
         job = Job(images=images, prompts=prompts, metadata=metadata)
+        job.future.add_done_callback(self._forget_cancelled)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the server is shutting down")
             self._queue.append(job)
             self._changed.notify()
         return job.future
+
+    def _forget_cancelled(self, future: Future[Scores]) -> None:
+        if future.cancelled():
+            with self._changed:
+                self._queue = deque(job for job in self._queue if job.future is not future)
 
     def close(self, *, patience: float) -> bool:
         """Take no more requests, and wait up to `patience` seconds for those queued; whether all were scored."""
@@ -88,13 +94,15 @@ class Batcher:
     def _next(self) -> list[Job]:
         """The jobs of the next call; empty once closed and drained."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
-                return []
-            deadline = time.monotonic() + self._max_delay
-            while not self._is_full() and not self._closed and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return self._take()
+            while True:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return []
+                deadline = time.monotonic() + self._max_delay
+                while not self._is_full() and not self._closed and (left := deadline - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                if self._queue:  # else all were given up while this one waited for more
+                    return self._take()
 
     def _is_full(self) -> bool:
         return sum(len(job.prompts) for job in self._queue) >= self._max_batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rewards.optional import installed
@@ -18,14 +18,28 @@ class Alternative:
         value: the value that makes the difference.
         modules: packages needed then, as imported.
         programs: programs needed then, as called.
-        install: command that brings what is needed.
+        extra: pip extra of `ddpo` that brings the modules.
+        install: command that brings what is needed, where it is no extra.
     """
 
     option: str
     value: str
     modules: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
+    extra: str = ""
     install: str = ""
+
+
+def parts_in_terms(options: Mapping[str, object]) -> list[tuple[str, Mapping[str, object]]]:
+    """Names and options of the rewards in a list `terms` of mappings with `name` and `options`."""
+    terms = options.get("terms")
+    named = [term for term in terms if isinstance(term, Mapping)] if isinstance(terms, list | tuple) else []
+    return [part for term in named for part in part_of(term.get("name"), term.get("options"))]
+
+
+def part_of(name: object, options: object) -> list[tuple[str, Mapping[str, object]]]:
+    """A reward inside another as `Card.parts` lists it; nothing where `name` is no text."""
+    return [(name, options if isinstance(options, Mapping) else {})] if isinstance(name, str) else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +53,7 @@ class Card:
         extra: pip extra of `ddpo` that brings the packages needed; empty when none is.
         modules: the packages themselves, as imported.
         alternatives: other needs under certain options; the first that applies replaces `modules`.
+        parts: from the options to names and options of the rewards that it is made of, whose needs are its own too.
     """
 
     origin: str = ""
@@ -47,6 +62,7 @@ class Card:
     extra: str = ""
     modules: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    parts: Callable[[Mapping[str, object]], Sequence[tuple[str, Mapping[str, object]]]] = parts_in_terms
 
     def missing(self, options: Mapping[str, object]) -> list[str]:
         """Packages and programs that a reward with these options needs and that are not installed here."""
@@ -59,7 +75,10 @@ class Card:
     def install(self, options: Mapping[str, object]) -> str:
         """The command that brings what a reward with these options needs."""
         other = self._alternative(options)
-        return other.install if other else f"pip install 'ddpo[{self.extra}]'" if self.extra else "pip install ddpo"
+        if other and other.install:
+            return other.install
+        extra = other.extra if other else self.extra
+        return f"pip install 'ddpo[{extra}]'" if extra else "pip install ddpo"
 
     def _alternative(self, options: Mapping[str, object]) -> Alternative | None:
         return next((other for other in self.alternatives if options.get(other.option) == other.value), None)

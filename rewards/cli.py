@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rewards.base import Reward
 from rewards.card import Card
 from rewards.construct import Registration
+from rewards.picture import open_rgb
 from rewards.registry import BUILT_IN, available, find, resolve
 from rewards.selftest import Report, selftest
 
@@ -45,8 +45,9 @@ def catalogue() -> str:
 
 def _markdown_row(noted: Registration) -> list[str]:
     card = noted.card
-    programs = [f"or `{program}`" for other in card.alternatives for program in other.programs]
-    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *programs])
+    others = [f"or `{program}`" for other in card.alternatives for program in other.programs]
+    others += [f"extra `{a.extra}` for {a.option}: {a.value}" for a in card.alternatives if a.extra]
+    needs = " ".join([*([f"extra `{card.extra}`"] if card.extra else []), *others])
     gradient = "yes" if noted.differentiable else ""
     described = _describe(noted).rstrip(".")
     cells = [f"`{noted.name}`", gradient, _format_range(noted.range), card.typical, described, needs, card.licence]
@@ -166,16 +167,12 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def load_image(path: Path) -> Tensor:
-    """Read an image file as `(1, 3, H, W)` float32 in [0, 1].
+    """Read an image file as `(1, 3, H, W)` float32 in [0, 1], as `rewards.picture` shows it.
 
     Raises:
         ValueError: PIL cannot read it.
     """
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    pixels = np.asarray(open_rgb(path), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 

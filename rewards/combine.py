@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final, get_args
 
 import torch
@@ -32,6 +32,9 @@ from rewards.normalization import Moments, Normalization, Normalizer
 from rewards.registry import resolve
 
 __all__ = ["Moments", "Normalization", "RewardTerm", "WeightedSum"]
+
+RESERVED = ("reward", "mean", "std", "images", "heldout", "ode", "kl")
+"""What runs call measures of their own, or put before names; no reward can be reported so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class RewardTerm:
             `prompt_zscore` does so with each prompt's own mean and deviation; `none` leaves it in its own unit.
         options: keyword arguments for a reward class.
         schedule: course of the weight over the epochs, e.g. `{epochs: [0, 50], factors: [0, 1]}`; null keeps it.
+        label: name to report under and to be called by constraints; null takes the reward's own. It tells two terms of
+            one reward apart.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -54,6 +59,7 @@ class RewardTerm:
     normalize: Normalization = "none"
     options: dict[str, object] = field(default_factory=dict)
     schedule: WeightSchedule | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -63,10 +69,55 @@ class RewardTerm:
         if self.normalize not in get_args(Normalization):
             kinds = ", ".join(map(repr, get_args(Normalization)))
             raise ValueError(f"normalize must be one of {kinds}, got {self.normalize!r}")
+        if self.label is not None:
+            check_label(self.label)
+
+    @property
+    def shown(self) -> str:
+        """The label, else the name, or that of the reward which `remote` asks a server for."""
+        served = self.options.get("reward") if self.name == "remote" else None
+        return self.label or (served if isinstance(served, str) else self.name)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """What a constraint or a command may call this term by: the label alone where there is one."""
+        return (self.name, self.name.rpartition(":")[2], self.shown) if self.label is None else (self.label,)
 
     def weight_at(self, epoch: int) -> float:
         """The weight after `epoch` finished epochs."""
         return self.weight if self.schedule is None else self.weight * self.schedule.at(epoch)
+
+
+def check_label(label: str) -> None:
+    """Raise ValueError unless a reward can be reported under this name."""
+    if not label or any(letter.isspace() or letter in ":/=" for letter in label):
+        raise ValueError(f"label must be a name without spaces, ':', '/' and '=', got {label!r}")
+    if label in RESERVED:
+        raise ValueError(
+            f"label must not be one of {', '.join(RESERVED)}, which are a run's own measures, got {label!r}"
+        )
+
+
+def check_reported(names: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError unless every term of a sum is reported under a name of its own.
+
+    Args:
+        names: of each term, what it is reported under and what the configuration calls its reward.
+    """
+    specs: dict[str, str] = {}
+    for reported, spec in names:
+        if reported in RESERVED:
+            raise ValueError(
+                f"reward {spec} cannot be reported as {reported!r}, which is a measure of a run's own (as are "
+                f"{', '.join(name for name in RESERVED if name != reported)}); give its term a label, or register it "
+                f"under another name: @register('my_{reported}')"
+            )
+        if reported in specs:
+            raise ValueError(
+                f"two reward terms report as {reported!r} ({specs[reported]} and {spec}); merge their weights, or give "
+                f"one of them a label"
+            )
+        specs[reported] = spec
 
 
 @final
@@ -75,7 +126,7 @@ class WeightedSum:
 
     Attributes:
         terms: what is summed.
-        rewards: the rewards of `terms`.
+        rewards: the rewards of `terms`, under their labels.
         epoch: finished epochs, which set scheduled weights; whoever trains keeps it up to date.
 
     Args:
@@ -84,7 +135,8 @@ class WeightedSum:
         rewards: the rewards of `terms`, already made; resolved from their names when left out.
 
     Raises:
-        ValueError: no terms, an unknown reward, or two terms that would report under the same name.
+        ValueError: no terms, an unknown reward, two terms that would report under the same name, or one under a name
+            that runs use themselves.
     """
 
     def __init__(
@@ -100,14 +152,8 @@ class WeightedSum:
             rewards = [resolve(term.name, device=device, options=term.options) for term in terms]
         if len(rewards) != len(terms):
             raise ValueError(f"one reward for each of the {len(terms)} terms is needed, got {len(rewards)}")
-        specs: dict[str, str] = {}
-        for term, reward in zip(terms, rewards, strict=True):
-            if reward.name in specs:
-                raise ValueError(
-                    f"two reward terms report as {reward.name!r} ({specs[reward.name]} and {term.name}); merge their "
-                    f"weights, or register one of them under another name"
-                )
-            specs[reward.name] = term.name
+        rewards = [replace(made, name=term.label or made.name) for term, made in zip(terms, rewards, strict=True)]
+        check_reported([(reward.name, term.name) for term, reward in zip(terms, rewards, strict=True)])
         self.terms = tuple(terms)
         self.rewards = tuple(rewards)
         self.epoch = 0
@@ -168,8 +214,10 @@ class WeightedSum:
 
     def component_of(self, spec: str) -> str:
         """The name under which a reward is reported that a configuration calls `spec`; `spec` itself if it is none."""
-        pairs = zip(self.terms, self.rewards, strict=True)
-        return next((reward.name for term, reward in pairs if spec in (term.name, reward.name)), spec)
+        names = {
+            alias: reward.name for term, reward in zip(self.terms, self.rewards, strict=True) for alias in term.aliases
+        }
+        return spec if spec in self._normalizers else names.get(spec, spec)
 
     def weights(self) -> dict[str, float]:
         """The weight of each reward at the present epoch, before normalisation."""

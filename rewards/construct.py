@@ -80,14 +80,9 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
         ValueError: the options do not fit; the message names the valid ones.
     """
     function: object = noted.target
+    check_options(noted, options)
     if inspect.isclass(noted.target):
-        _check_options(noted, options)
         function = noted.target(**{"device": torch.device(device), **options})
-    elif options:
-        raise ValueError(
-            f"reward {noted.name!r} is a function and takes no options, got {', '.join(options)} ({noted.source}); "
-            f"make it a class whose constructor takes them"
-        )
     if not callable(function):
         raise ValueError(
             f"reward class {noted.name!r} needs __call__(self, images, prompts, metadata) ({noted.source})"
@@ -102,7 +97,19 @@ def construct(noted: Registration, *, device: torch.device | str, options: Mappi
     return reward
 
 
-def _check_options(noted: Registration, options: Mapping[str, object]) -> None:
+def check_options(noted: Registration, options: Mapping[str, object]) -> None:
+    """Compares options with what a reward's constructor takes, without calling it.
+
+    Raises:
+        ValueError: the options do not fit; the message names the valid ones.
+    """
+    if not inspect.isclass(noted.target):
+        if options:
+            raise ValueError(
+                f"reward {noted.name!r} is a function and takes no options, got {', '.join(options)} ({noted.source}); "
+                f"make it a class whose constructor takes them"
+            )
+        return
     parameters = list(inspect.signature(noted.target).parameters.values())
     keywords = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if keywords.pop("device", None) is None:

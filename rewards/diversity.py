@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewards.base import Metadata
-from rewards.card import Card
+from rewards.card import Alternative, Card
+from rewards.imagenet import MODULES as IMAGENET_MODULES
+from rewards.imagenet import ImageNetClass
 from rewards.loading import load_named
 from rewards.registry import register
 
@@ -45,7 +47,7 @@ Embedding = Callable[[Tensor], Tensor]
         origin="mean pairwise distance, credited by leave-one-out (Wolpert & Tumer 2001, difference rewards)",
         licence="definition",
         typical="0 equal images; colour: 0.1-0.4; imagenet: 0.05 alike, 0.3 different subjects",
-        extra="imagenet for embedding: imagenet",
+        alternatives=(Alternative(option="embedding", value="imagenet", modules=IMAGENET_MODULES, extra="imagenet"),),
     ),
 )
 @final
@@ -97,8 +99,6 @@ def _embedding(name: str, device: torch.device) -> Embedding:
     if name == "colour":
         return colours
     if name == "imagenet":
-        from rewards.imagenet import ImageNetClass
-
         return ImageNetClass(device=device).features
     if ":" not in name:
         raise ValueError(

@@ -1,31 +1,36 @@
 """What exactly scored: a hash of a reward's definition, arguments and weights, and the versions around it.
 
-Two rewards of one hash are the same code with the same arguments and the same weights. The hash covers
+Two rewards of one hash are the same code with the same arguments and the same weights, as far as the hash sees:
 
     definition   bytes of the file that defines the function or class, and its name
-    arguments    the options it was made with
-    weights      name, type, shape and bytes of every tensor that the reward object holds, networks included
+    arguments    the options it was made with; of a `functools.partial` its own
+    weights      name, type, shape and bytes of every tensor and array that the reward object holds, networks included
+    numbers      plain ones that the object holds
     packages     versions of the packages that carry weights or models of their own (`Card.modules`)
     parts        the same of every reward inside it
 
-It does not cover the modules that the file imports, so versions of Python and the main libraries are noted beside it.
+A bound method is hashed with the object it is bound to. Not seen are what a function closes over or reads from global
+variables, texts among the attributes of an object (paths differ between machines), and the modules that the file
+imports; versions of Python and the main libraries are noted beside the hash.
 A run keeps the identities of its rewards in `rewards.json`; a server sends its own with every reply.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,18 +91,30 @@ def identify(reward: Reward, *, options: Mapping[str, object] | None = None) -> 
 def _hash(reward: Reward, options: Mapping[str, object]) -> hashlib._Hash:
     digest = hashlib.sha256()
     target = reward.function
-    definition = target if inspect.isfunction(target) else type(target)
+    definition = _definition(target)
     _add(digest, "name", f"{reward.name} {definition.__qualname__}")
     _add(digest, "definition", _source(definition))
     _add(digest, "arguments", json.dumps(options, sort_keys=True, default=str))
     _add(digest, "packages", json.dumps(_versions(card_of(target).modules), sort_keys=True))
-    home = definition.__module__.partition(".")[0]
-    for path, part in _parts(target, "", home, set(), 0):
+    for path, part in _parts(target, "", _home(definition), set(), 0):
         if isinstance(part, Reward):
             _add(digest, f"part {path}", identify(part).hash)
-        else:
+        elif isinstance(part, Tensor):
             _add(digest, f"weights {path} {part.dtype} {tuple(part.shape)}", _bytes(part))
+        elif isinstance(part, np.ndarray):
+            _add(digest, f"array {path} {part.dtype} {part.shape}", np.ascontiguousarray(part).tobytes())
+        else:
+            _add(digest, f"value {path}", repr(part))
     return digest
+
+
+def _definition(target: object) -> Callable[..., object]:
+    """The function or class behind a reward function, a method, a partial or an object."""
+    if isinstance(target, functools.partial):
+        return _definition(target.func)
+    if inspect.ismethod(target):
+        return target.__func__
+    return target if inspect.isfunction(target) or inspect.isclass(target) else type(target)
 
 
 def _add(digest: hashlib._Hash, label: str, data: str | bytes) -> None:
@@ -114,24 +131,51 @@ def _source(definition: object) -> bytes:
         return b""
 
 
-def _parts(value: object, path: str, home: str, seen: set[int], depth: int) -> Iterator[tuple[str, Tensor | Reward]]:
-    """Tensors and rewards that an object holds, itself excepted, in an order that does not depend on the process."""
+def _parts(value: object, path: str, home: str, seen: set[int], depth: int) -> Iterator[tuple[str, object]]:
+    """What an object holds that decides its scores, itself excepted, in an order that does not depend on the process.
+
+    Yields tensors, arrays and rewards as they are, and plain values for their `repr`.
+    """
+    if isinstance(value, int | float | complex | np.generic):
+        yield path, value.item() if isinstance(value, np.generic) else value
+        return
     if id(value) in seen or depth > _MAX_DEPTH:
         return
     seen.add(id(value))
+    members: Iterable[tuple[str, object]] = ()
     if isinstance(value, Tensor) or (isinstance(value, Reward) and depth):
         yield path, value
+    elif isinstance(value, np.ndarray):
+        if not value.dtype.hasobject:
+            yield path, value
+    elif isinstance(value, functools.partial):
+        plain = [*value.args, *sorted(value.keywords.items())]
+        yield path, json.dumps(plain, skipkeys=True, default=lambda item: type(item).__qualname__)
+        members = ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    elif inspect.ismethod(value):
+        home, members = _home(type(value.__self__)), ((".self", value.__self__),)
     elif isinstance(value, nn.Module):
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(value.state_dict().items()))
+        members = _plain_attributes(value) if _home(type(value)) in (home, "rewards") else ()
     elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from _parts(value[key], f"{path}[{key}]", home, seen, depth + 1)
+        members = ((f"[{key}]", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _parts(item, f"{path}[{index}]", home, seen, depth + 1)
-    elif type(value).__module__.partition(".")[0] in (home, "rewards") and not isinstance(value, type):
-        for name, item in sorted(_attributes(value).items()):
-            yield from _parts(item, f"{path}.{name}", home, seen, depth + 1)
+        members = ((f"[{index}]", item) for index, item in enumerate(value))
+    elif _home(type(value)) in (home, "rewards") and not isinstance(value, type):
+        members = ((f".{name}", item) for name, item in sorted(_attributes(value).items()))
+    for name, item in members:
+        yield from _parts(item, f"{path}{name}", home, seen, depth + 1)
+
+
+def _home(definition: Callable[..., object]) -> str:
+    """The package of a function or class."""
+    return definition.__module__.partition(".")[0]
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """What a module holds besides parameters, buffers, submodules and its mode."""
+    own = sorted(vars(module).items())
+    return ((f".{name}", item) for name, item in own if not name.startswith("_") and name != "training")
 
 
 def _attributes(value: object) -> Mapping[str, object]:

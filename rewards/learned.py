@@ -9,6 +9,7 @@ The unit is log-odds: a difference of 1 between two pictures of one prompt says 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -16,11 +17,20 @@ import torch
 from torch import Tensor
 
 from rewards.base import Metadata
-from rewards.card import Card
-from rewards.preferences.ensemble import Ensemble
+from rewards.card import Card, part_of
+from rewards.preferences.ensemble import Ensemble, read_config
 from rewards.registry import register
 
 _TINY = 1e-12  # keeps the gradient of the standard deviation finite where all members agree
+
+
+_ALIKE = {"imagenet": "imagenet_class", "open_clip": "clip_score"}  # rewards that need an encoder's packages
+
+
+def _same_packages(options: Mapping[str, object]) -> list[tuple[str, Mapping[str, object]]]:
+    path = options.get("path")
+    kind = read_config(Path(path).expanduser()).encoder.partition(":")[0] if isinstance(path, str) else ""
+    return part_of(_ALIKE.get(kind), {})
 
 
 @register(
@@ -31,6 +41,7 @@ _TINY = 1e-12  # keeps the gradient of the standard deviation finite where all m
         origin="ddpo rewards fit, on your own pairs (Bradley & Terry 1952; Christiano et al., arXiv:1706.03741)",
         licence="yours, and that of the frozen encoder if one is used",
         typical="a few log-odds around 0",
+        parts=_same_packages,
     ),
 )
 @final

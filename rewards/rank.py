@@ -25,12 +25,13 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from rewards.base import TOTAL_KEY, Metadata
-from rewards.card import Card
+from rewards.base import Metadata, total_and_parts
+from rewards.card import Card, part_of
 from rewards.loading import load_named
 from rewards.registry import register, resolve
 
-TIE = 1e-6  # of the largest score: differences of rounding are ties
+TIE = 1e-6  # of the larger score of a pair: differences of rounding are ties
+PAIRS = 32  # that a judge is asked about in one call
 
 Judge = Callable[[Tensor, Tensor, list[str], list[Metadata]], Tensor]
 
@@ -43,6 +44,7 @@ Judge = Callable[[Tensor, Tensor, list[str], list[Metadata]], Tensor]
         origin="Mann-Whitney win rate; Bradley & Terry 1952 with a temperature",
         licence="definition",
         typical="0 worst of its prompt, 0.5 median, 1 best",
+        parts=lambda options: part_of(options.get("reward"), options.get("options")),
     ),
 )
 @final
@@ -76,9 +78,10 @@ class Rank:
         """Win rates `(G,)` within one group, and the raw scores they come from."""
         scores = self._reward.score_checked(images, prompts, metadata, [0] * len(prompts)).total
         gaps = (scores[:, None] - scores[None, :]).double()
-        gaps[gaps.abs() <= TIE * float(scores.abs().max())] = 0.0
+        sizes = scores.double().abs()
+        gaps[gaps.abs() <= TIE * torch.maximum(sizes[:, None], sizes[None, :])] = 0.0
         wins = torch.sigmoid(gaps / self._temperature) if self._temperature else (gaps.sign() + 1) / 2
-        return {TOTAL_KEY: mean_of_others(wins), self._reward.name: scores}
+        return total_and_parts(mean_of_others(wins), {self._reward.name: scores})
 
 
 @register(
@@ -95,8 +98,8 @@ class WinRate:
 
     Args:
         device: unused; the judge is yours.
-        judge: `file.py:name` of a function (first images, second images, prompts, metadata) -> `(P,)` probabilities
-            that the first image of each pair is the better one.
+        judge: `file.py:name` of a function (first images, second images, prompts, metadata) -> probabilities that the
+            first image of each pair is the better one; asked about at most 32 of the P pairs at a time.
 
     Raises:
         ValueError: there is no such function.
@@ -116,8 +119,9 @@ class WinRate:
         """
         size = len(prompts)
         wins = torch.full((size, size), 0.5, dtype=torch.float64)
-        if size > 1:
-            first, second = (~torch.eye(size, dtype=torch.bool)).nonzero(as_tuple=True)
+        pairs = (~torch.eye(size, dtype=torch.bool)).nonzero()
+        for chunk in pairs.split(PAIRS) if size > 1 else ():
+            first, second = chunk.unbind(1)
             texts, notes = [prompts[i] for i in first.tolist()], [metadata[i] for i in first.tolist()]
             wins[first, second] = self._ask(images[first], images[second], texts, notes)
         return mean_of_others((wins + 1 - wins.T) / 2)

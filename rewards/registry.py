@@ -254,7 +254,7 @@ def _find_registered(name: str) -> Registration:
     noted = _registrations.get(name)
     known = [] if noted is None else [noted.source]
     points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
-    foreign = [point for point in points if noted is None or point.module != noted.target.__module__]
+    foreign = [point for point in points if noted is None or not _leads_to(point, noted)]
     if len(foreign) + len(known) > 1:
         sources = " and ".join(known + [f"entry point {point.value}" for point in foreign])
         raise ValueError(f"reward name {name!r} is claimed by {sources}; uninstall one, or write it as module:name")
@@ -263,6 +263,16 @@ def _find_registered(name: str) -> Registration:
     if noted is None:
         raise ValueError(_unknown(name))
     return noted
+
+
+def _leads_to(point: EntryPoint, noted: Registration) -> bool:
+    """Whether an entry point stands for what is registered, perhaps through another module than defines it."""
+    if point.module == noted.target.__module__:
+        return True
+    try:
+        return _identity(point.load()) == _identity(noted.target)
+    except Exception:  # whatever a plug-in that cannot be loaded raises: it is no such export
+        return False
 
 
 def _load_entry_point(point: EntryPoint) -> Registration:

@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rewards.base import TOTAL_KEY, Metadata, Reward, RewardError, Scores
+from rewards.base import TOTAL_KEY, Metadata, Reward, RewardError, Scores, concatenate
 from rewards.card import Card
 from rewards.client import Client, Patience, Transient
 from rewards.identity import Identity
@@ -111,13 +111,8 @@ class ServedReward:
         else:
             with ThreadPoolExecutor(self._concurrency) as pool:
                 scored = list(pool.map(send, parts))
-        names = scored[0].components
-        if any(part.components.keys() != names.keys() for part in scored):
-            raise RewardError(f"{self._label}: the server's replies have different components; leave out batch_size")
-        return {
-            TOTAL_KEY: torch.cat([part.total for part in scored]),
-            **{name: torch.cat([part.components[name] for part in scored]) for name in names},
-        }
+        joined = concatenate(scored, reward=self.identity.name)
+        return {**joined.components, TOTAL_KEY: joined.total}
 
     def _score(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Scores:
         body = encode_request(self.identity.name, images, prompts, metadata, precision=self._precision)

@@ -26,7 +26,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from rewards.base import TOTAL_KEY, Metadata, Reward
+from rewards.base import Metadata, Reward, total_and_parts
 from rewards.card import Card
 from rewards.registry import register, resolve
 
@@ -161,7 +161,7 @@ class Chebyshev:
         scored = self._parts.score(images, prompts, metadata)
         scores = self._parts.stack(scored)
         shortfall = self._parts.weights.to(scores)[:, None] * (self._ideal.to(scores) - scores)
-        return {TOTAL_KEY: -shortfall.amax(dim=0) - self._augment * shortfall.sum(dim=0), **scored}
+        return total_and_parts(-shortfall.amax(dim=0) - self._augment * shortfall.sum(dim=0), scored)
 
 
 @register(
@@ -208,7 +208,7 @@ class Geometric:
         scored = self._parts.score(images, prompts, metadata)
         scores = self._parts.stack(scored)
         shares = ((scores - self._low.to(scores)) / self._span.to(scores)).clamp(self._floor, 1.0)
-        return {TOTAL_KEY: (self._powers.to(scores) * shares.log()).sum(dim=0).exp(), **scored}
+        return total_and_parts((self._powers.to(scores) * shares.log()).sum(dim=0).exp(), scored)
 
 
 def _part(owner: str, term: Term) -> Part:

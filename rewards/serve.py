@@ -13,8 +13,10 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from rewards.combine import check_label
 from rewards.identity import identify
 from rewards.optional import require
 from rewards.registry import resolve
@@ -39,11 +41,12 @@ def serve(
     """Serve rewards until SIGTERM or SIGINT.
 
     Args:
-        names: rewards in any form `rewards.resolve` understands, each optionally with options: `NAME={"option": 1}`.
+        names: rewards in any form `rewards.resolve` understands, each optionally with options, `NAME={"option": 1}`,
+            and with another name to be served under, `LABEL=NAME`.
         host: address to bind.
         port: port to bind; 0 takes a free one.
         device: for rewards with weights.
-        token_file: file whose first line is the token; the variable DDPO_REWARD_TOKEN when None, else no token.
+        token_file: file that holds the token and nothing else; the variable DDPO_REWARD_TOKEN when None, else no token.
         limits: what is accepted.
         ends_with_parent: end when standard input closes, which it does when the process that started this one is gone.
         announce: called with a line of JSON, `{"url", "rewards"}`, once requests are answered.
@@ -60,8 +63,10 @@ def serve(
     check_exposure(host, token)
     with bind(host, port) as listener:
         rewards = []
-        for name, options in map(split_options, names):
+        for label, spec in map(split_label, names):
+            name, options = split_options(spec)
             reward = resolve(name, device=device, options=options)
+            reward = replace(reward, name=label or reward.name)
             rewards.append((reward, identify(reward, options=options)))
         service = RewardService(rewards, limits=limits, token=token)
         address = f"[{host}]" if ":" in host else host
@@ -72,6 +77,19 @@ def serve(
         if not run(service, listener, started=lambda: announce(line)):
             sys.stdout.flush()
             os._exit(0)  # nothing else ends a thread that hangs
+
+
+def split_label(spec: str) -> tuple[str, str]:
+    """`LABEL=NAME`, with or without options, as label and the rest; the label is empty where there is none.
+
+    Raises:
+        ValueError: no reward can be served under that label.
+    """
+    label, _, rest = spec.partition("=")
+    if not rest or rest.startswith("{") or any(letter in ":/" for letter in label):  # options, or a file's name
+        return "", spec
+    check_label(label)
+    return label, rest
 
 
 def split_options(spec: str) -> tuple[str, Mapping[str, object]]:

@@ -3,10 +3,11 @@
     POST /v1/score    images in, scores out; the format is in `rewards.wire`
     GET  /health      {"ready", and with the token "rewards", "versions", "limits"}; 503 while a reward hangs
 
-Every request is checked in this order, each answer a structured error: token (401), media type (415), announced and
-actual size (413), time (504, which includes sending the body), format (400), name (404), room in the queue (503). A
-reward that raises is 422 with its message; the server lives on. SIGTERM and SIGINT finish what was accepted, then end
-with status 0. Needs the extra `serve`; imports nothing of diffusion or training.
+Every request is checked in this order, each answer a structured error: token (401), media type (415), announced size
+(413), room in the queue (503), actual size (413), time (504, which includes sending the body), format (400), name
+(404), whether that reward hangs (503). A reward that raises is 422 with its message; the server lives on. SIGTERM and
+SIGINT finish what was accepted, then end with status 0. Needs the extra `serve`; imports nothing of diffusion or
+training.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class RewardService:
         self._token = token
         self._identities = {reward.name: identity for reward, identity in rewards}
         if len(self._identities) != len(rewards):
-            raise ValueError(f"each reward can be served once, got {[reward.name for reward, _ in rewards]}")
+            served = [reward.name for reward, _ in rewards]
+            raise ValueError(f"each reward can be served once, or under labels (LABEL=NAME), got {served}")
         self._batchers = {
             reward.name: Batcher(
                 reward,
@@ -152,7 +154,7 @@ class RewardService:
             return _refuse(401, "unauthorized", _UNAUTHORIZED)
         health = self.health()
         if not health["ready"]:
-            return _refuse(503, "stuck", f"a reward has not returned for {self.limits.timeout:g} s; restart the server")
+            return _refuse(503, "stuck", self._stuck("a reward"))
         return _respond(health if admitted else {"ready": True}, 200)
 
     async def _answer_score(self, request: Request) -> JSONResponse:
@@ -226,10 +228,16 @@ class RewardService:
             raise _Refused(
                 404, "unknown_reward", f"{wanted.reward!r} is not served here; {', '.join(self._batchers)} are"
             )
+        batcher = self._batchers[wanted.reward]
+        if batcher.busy_seconds > self.limits.timeout:
+            raise _Refused(503, "stuck", self._stuck(f"reward {wanted.reward!r}"))
         try:
-            return self._batchers[wanted.reward].submit(wanted.images, wanted.prompts, wanted.metadata)
+            return batcher.submit(wanted.images, wanted.prompts, wanted.metadata)
         except RuntimeError as error:
             raise _Refused(503, "closing", str(error)) from error
+
+    def _stuck(self, what: str) -> str:
+        return f"{what} has not returned for {self.limits.timeout:g} s; restart the server"
 
     def _too_large(self, size: str) -> _Refused:
         limit = f"{self.limits.max_body_mb:g} MB"

@@ -6,7 +6,8 @@ A request to `POST /v1/score` is either
                                 header's `__metadata__` has one entry `request`: the JSON below without `images`
     application/json            {"reward": NAME, "prompts": [B], "metadata": [B], "images": [B base64 PNG files]}
 
-An image among the metadata, such as the one that was edited, is {"@png": base64 PNG file}. The reply is JSON:
+An image at any depth of the metadata, such as the one that was edited, is {"@png": base64 PNG file}. Pictures are read
+as `rewards.picture` shows them. The reply is JSON:
 
     {"reward": {"name", "hash", "package_version"}, "scores": [B], "components": {NAME: [B]}}      status 200
     {"error": {"kind": KIND, "message": TEXT}}                                                   any other status
@@ -18,7 +19,6 @@ for images on 8-bit levels. Legend: `B` batch.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import math
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rewards.base import Metadata, Scores, check_inputs
 from rewards.optional import require
+from rewards.picture import to_rgb
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
@@ -160,9 +161,11 @@ def decode_request(body: bytes, content_type: str, *, max_bytes: int) -> ScoreRe
         raise WireError("prompts must be a list of strings")
     if not (isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)):
         raise WireError("metadata must be a list of objects")
-    metadata = _with_pictures(metadata, max_bytes)
     try:
+        metadata = _with_pictures(metadata, max_bytes)
         check_inputs(images, prompts, metadata)
+    except RecursionError as error:
+        raise WireError("the metadata are nested too deeply") from error
     except ValueError as error:
         raise WireError(str(error)) from error
     return ScoreRequest(reward=name, images=images, prompts=prompts, metadata=metadata)
@@ -177,20 +180,22 @@ def _write_picture(value: object) -> dict[str, str]:
 
 
 def _with_pictures(metadata: list[dict[str, object]], max_bytes: int) -> list[Metadata]:
-    """The metadata with the images in them, which share one size limit."""
-    budget = max_bytes
-    read: list[Metadata] = []
-    for b, entry in enumerate(metadata):
-        values: dict[str, object] = {}
-        for key, value in entry.items():
-            if isinstance(value, dict) and value.keys() == {PICTURE} and isinstance(value[PICTURE], str):
-                array = _read_png(value[PICTURE], b, budget)
-                budget -= array.nbytes
-                values[key] = Image.fromarray(array)
-            else:
-                values[key] = value
-        read.append(values)
-    return read
+    """The metadata with the images in them, at any depth, which share one size limit."""
+    left = max_bytes
+
+    def read(value: object, b: int) -> object:
+        nonlocal left
+        if isinstance(value, list):
+            return [read(item, b) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {PICTURE} and isinstance(value[PICTURE], str):
+            array = _read_png(value[PICTURE], b, left)
+            left -= array.nbytes
+            return Image.fromarray(array)
+        return {key: read(item, b) for key, item in value.items()}
+
+    return [{key: read(value, b) for key, value in entry.items()} for b, entry in enumerate(metadata)]
 
 
 def _read_safetensors(body: bytes) -> tuple[dict[str, object], Tensor]:
@@ -204,7 +209,7 @@ def _read_safetensors(body: bytes) -> tuple[dict[str, object], Tensor]:
         raise WireError(f"the body must hold one tensor, images; got {sorted([*header])[:8]}")
     if not (isinstance(notes, dict) and set(notes) == {"request"} and isinstance(notes["request"], str)):
         raise WireError("the safetensors header must have __metadata__ with one string, request")
-    if entry.get("dtype") not in _KINDS:
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _KINDS:
         raise WireError(f"images must be {', '.join(_KINDS)}, got {entry.get('dtype')!r}")
     safetensors = require("safetensors", extra="", reward="server")
     tensors = require("safetensors.torch", extra="", reward="server")
@@ -236,8 +241,10 @@ def _read_png(text: str, b: int, budget: int) -> np.ndarray:
             width, height = picture.size  # known before any pixel is decoded
             if 3 * width * height > budget:
                 raise WireError(f"image {b} ({width} x {height}) passes the size limit when decoded")
-            return np.array(picture.convert("RGB"))
-    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return np.array(to_rgb(picture))
+    except WireError:
+        raise
+    except Exception as error:  # text that is not ASCII, and damaged files, make libraries raise many kinds
         raise WireError(f"image {b} is not a PNG file in base64: {type(error).__name__}: {error}") from error
 
 

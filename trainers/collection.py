@@ -4,6 +4,7 @@ N samples per epoch over all processes, in groups of G per prompt: sample i has 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ddpo import Experience, Policy, Trajectory, path_kl, rollout, sample_seeds
 from ddpo.advantages import Advantages, Part
 from rewards import RewardError, Scores
+from rewards.base import check_components
 from trainers.metrics import Stopwatch
 from trainers.objective import Pressure, explained, objective_scores, potential, pressure
 from trainers.plan import KL_SAMPLES, BatchPlan
@@ -182,5 +184,9 @@ def _collect_scores(scorer: Scorer, processes: Processes, queue: int = -1) -> Sc
 
 
 def _gather_scores(scores: Scores, processes: Processes) -> Scores:
-    components = {name: processes.gather(values) for name, values in scores.components.items()}
+    """The scores of all processes, which must report the same components."""
+    everyones = [cast("list[str]", names) for names in processes.gather_json(list(scores.components))]
+    for names in everyones:
+        check_components(everyones[0], names)
+    components = {name: processes.gather(scores.components[name]) for name in everyones[0]}
     return Scores(total=processes.gather(scores.total), components=components)

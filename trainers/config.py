@@ -82,6 +82,7 @@ class BatchConfig:
 
     Attributes:
         samples_per_epoch: Images per epoch over all processes; a multiple of group_size, and at least one a process.
+            With a reward that compares the images of a group, a multiple of group_size times the number of processes.
         group_size: Images per prompt in an epoch.
         sample_batch_size: Per device: images per denoiser call while sampling (two rows each with guidance).
         train_batch_size: Per device: transitions (sample, step) per forward and backward pass. Bounds memory; the size
@@ -378,9 +379,9 @@ class Config:
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "positive or null")
         for name in ("rewards", "heldout_rewards"):
-            names = [(term.name, repr(sorted(term.options.items()))) for term in getattr(self, name)]
-            shown = [term for term, _ in names]
-            check(len(set(names)) == len(names), name, shown, "a list that names each reward once")
+            shown = [term.shown for term in getattr(self, name)]
+            cure = "a list that names each reward once, or tells them apart by `label`"
+            check(len(set(shown)) == len(shown), name, shown, cure)
         bounded = [constraint.reward for constraint in self.constraints]
         check(len(set(bounded)) == len(bounded), "constraints", bounded, "a list that names each reward once")
         check_steps(self.shaping.steps, self.sampler.num_steps)
@@ -449,7 +450,7 @@ class Config:
     @property
     def terms(self) -> tuple[RewardTerm, ...]:
         """All rewards that are computed in training: `rewards`, and with weight 0 what only constraints name."""
-        known = {name for term in self.rewards for name in (term.name, term.name.rpartition(":")[2])}
+        known = {alias for term in self.rewards for alias in term.aliases}
         wanted = [c.reward for c in self.constraints if c.reward != KL_NAME and c.reward not in known]
         new = [name for name in wanted if "/" not in name or ":" in name or name.partition("/")[0] not in known]
         return (*self.rewards, *(RewardTerm(name=name, weight=0.0) for name in new))

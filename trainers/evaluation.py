@@ -5,7 +5,7 @@ that two evaluations differ by the weights alone and compare image by image.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpo import Condition, Policy, Trajectory, rollout, sample_seeds
 from ddpo.input_images import IMAGE
 from rewards import RewardError, WeightedSum
+from rewards.base import check_components
 from trainers.config import Config, EvaluationConfig
 from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.plan import share
@@ -27,6 +28,7 @@ from trainers.scoring import fail_together
 
 KL = "kl (nats)"
 _IMAGES = "images"
+_HELDOUT = "heldout/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,7 @@ class Evaluator:
             The evaluation, the same on every process.
 
         Raises:
-            RewardError: A reward failed on some process; raised on all.
+            RewardError: A reward failed on some process, or reports other components there; raised on all.
         """
         values, images = self._measure(policy, reward, heldout, ode=False)
         if self._config.ode and policy.schedule.stochastic_steps:
@@ -206,11 +208,14 @@ class Evaluator:
                 try:
                     for batch in buffer.add(images, condition.prompts, condition.metadata):
                         scored.append(_scored(batch, reward, heldout))
+                        _check_alike(scored[0], scored[-1])
                 except RewardError as error:
                     failure = error
             fail_together(self._processes, failure)
         own_values = _joined(scored) | _joined(sampled)
         everyones = [part for part in self._processes.gather_tensors(own_values) if part]  # a process may have no image
+        for part in everyones:
+            _check_alike(everyones[0], part)
         values = _joined(everyones)
         images = values.pop(_IMAGES)
         if self._config.images_per_prompt > 1:
@@ -234,8 +239,17 @@ def _scored(batch: ImageBatch, reward: WeightedSum, heldout: WeightedSum | None)
     values = {"reward": scores.total, **scores.components}
     if heldout is not None:
         held = heldout(batch.images, batch.prompts, batch.metadata, batch.groups)
-        values |= {f"heldout/{name}": value for name, value in held.components.items()}
+        values |= {f"{_HELDOUT}{name}": value for name, value in held.components.items()}
     return {name: value.float() for name, value in values.items()}
+
+
+def _check_alike(first: Iterable[str], names: Iterable[str]) -> None:
+    """Raises RewardError, which names the reward, where batches have different measures."""
+    for held in (False, True):
+        check_components(
+            *([name.removeprefix(_HELDOUT) for name in batch if name.startswith(_HELDOUT) == held]
+              for batch in (first, names))
+        )  # fmt: skip
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -97,8 +97,8 @@ def default_measures(config: Config) -> tuple[str, str]:
     Raises:
         ValueError: There is only one reward.
     """
-    names = [_reported(term.name) for term in config.rewards]
-    names += [f"heldout/{_reported(term.name)}" for term in config.heldout_rewards]
+    names = [_reported(term.shown) for term in config.rewards]
+    names += [f"heldout/{_reported(term.shown)}" for term in config.heldout_rewards]
     if len(names) < 2:
         raise ValueError(f"a front needs two measures, and the runs have only {names[0]}; name them by --x and --y")
     return names[0], names[1]
@@ -200,9 +200,9 @@ def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
     """
     loaded = load_config(config, overrides)
     name, _, text = weights.partition("=")
-    places = [i for i, term in enumerate(loaded.rewards) if name in (term.name, _reported(term.name))]
+    places = [i for i, term in enumerate(loaded.rewards) if name in (term.shown, *term.aliases)]
     if not places:
-        known = ", ".join(term.name for term in loaded.rewards)
+        known = ", ".join(term.shown for term in loaded.rewards)
         raise ValueError(f"--weights {weights}: the configuration has no reward {name!r}; it has {known}")
     try:
         values = [float(value) for value in text.split(",")]

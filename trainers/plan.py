@@ -88,7 +88,7 @@ class BatchPlan:
     @property
     def whole_groups(self) -> bool:
         """Whether every group lies on a single process."""
-        return self.groups_per_epoch % self.num_processes == 0
+        return self.group_size == 1 or self.groups_per_epoch % self.num_processes == 0
 
     @property
     def denoiser_rows_per_epoch(self) -> int:
@@ -183,6 +183,24 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: 
         sampling_rows=sampled * (config.sampler.num_steps + len(config.shaping.steps)) * guided,
         training_rows=training_rows,
         reference_rows=_reference_rows(config, most, num_processes, num_stochastic, training_rows),
+    )
+
+
+def check_whole_groups(plan: BatchPlan) -> None:
+    """Refuses a plan that leaves a group on two processes: a reward that compares images needs the whole group at once.
+
+    Raises:
+        PlanError: the message names the nearest possible `samples_per_epoch`.
+    """
+    if plan.whole_groups:
+        return
+    unit = plan.group_size * plan.num_processes
+    below = plan.images_per_epoch // unit * unit
+    nearest = " or ".join(str(size) for size in (below, below + unit) if size)
+    raise PlanError(
+        f"batch.samples_per_epoch must be a multiple of {unit} ({plan.num_processes} processes x {plan.group_size}, "
+        f"batch.group_size) with a reward that compares the images of a group, so that every process has whole groups; "
+        f"got {plan.images_per_epoch}, nearest possible: {nearest}"
     )
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import torch
 
+from rewards import RewardTerm
+from rewards.combine import check_reported
+from rewards.registry import find
+from rewards.requirements import check_requirements, reported_name
 from trainers.config import Config
 from trainers.config_errors import ConfigError
 from trainers.optimizers import check_optimizer
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan, check_whole_groups, make_plan
 from trainers.prompts import load_prompts
 
 
@@ -34,7 +38,10 @@ def preflight(config: Config, *, num_processes: int, with_prompts: bool = True) 
         load_prompts(config.prompts)
         if config.evaluation.prompts is not None:
             load_prompts(config.evaluation.prompts)
-    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    plan = make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    if any(find(term.name).groupwise for term in config.terms):  # others only know it once they are made
+        check_whole_groups(plan)
+    return plan
 
 
 def check_model(config: Config) -> None:
@@ -48,24 +55,32 @@ def check_model(config: Config) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Finds every reward by name, and the packages it needs, without loading its weights."""
-    from rewards.requirements import check_requirements
-
+    """Finds every reward by name, its options and the packages it needs, without loading its weights."""
     for group in ("rewards", "heldout_rewards"):
         for i, term in enumerate(getattr(config, group)):
-            try:
-                check_requirements(term.name, term.options)
-            except (ValueError, ImportError) as error:
-                raise ConfigError(f"{group}.{i}.name: {error}") from error
+            _check_reward(term, f"{group}.{i}.name")
     for term in config.terms[len(config.rewards) :]:
+        _check_reward(term, "constraints")
+    for group, terms in (("rewards", config.terms), ("heldout_rewards", config.heldout_rewards)):
         try:
-            check_requirements(term.name, term.options)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"constraints: {error}") from error
+            check_reported([(_reported(term), term.name) for term in terms])
+        except ValueError as error:
+            raise ConfigError(f"{group}: {error}") from error
+
+
+def _check_reward(term: RewardTerm, key: str) -> None:
+    try:
+        check_requirements(term.name, term.options)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _reported(term: RewardTerm) -> str:
+    return term.label or reported_name(term.name, term.options)
 
 
 def check_reward_processes(config: Config) -> None:
-    """Refuses devices that are none, and processes without the packages they need."""
+    """Refuses devices that are none, processes without the packages they need, and two rewards of one name in them."""
     for device in config.reward_processes.devices:
         try:
             torch.device(device)
@@ -74,6 +89,14 @@ def check_reward_processes(config: Config) -> None:
     for module in ("starlette", "uvicorn") if config.reward_processes.devices else ():
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"reward_processes.devices: {module} is not installed: pip install 'ddpo[serve]'")
+    served: dict[str, RewardTerm] = {}
+    for term in (*config.terms, *config.heldout_rewards) if config.reward_processes.devices else ():
+        other = served.setdefault(_reported(term), term)
+        if (other.name, other.options) != (term.name, term.options):
+            raise ConfigError(
+                f"reward_processes: {other.shown} and {term.shown} would both be served as {_reported(term)!r}, with "
+                f"other options; give one of them a label"
+            )
 
 
 def check_trackers(config: Config) -> None:

@@ -159,7 +159,7 @@ def _from_file(path: Path) -> Entries:
     if not path.is_file():
         raise PromptError(f"{path}: no such prompt file (looked for {path.absolute()})")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # others, as U+2028, may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     numbered = [(f"{path}: line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -238,4 +238,5 @@ def end(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _spec(term: RewardTerm) -> str:
     """A term as `ddpo rewards serve` takes it."""
-    return f"{term.name}={json.dumps(term.options)}" if term.options else term.name
+    plain = f"{term.name}={json.dumps(term.options)}" if term.options else term.name
+    return f"{term.label}={plain}" if term.label else plain

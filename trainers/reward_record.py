@@ -34,7 +34,7 @@ def record_rewards(
     """
     groups = {"rewards": reward, **({} if heldout is None else {"heldout_rewards": heldout})}
     entries: list[Entry] = [
-        {"group": group, **identify(one, options=term.options).to_json()}
+        {"group": group, **identify(one, options=term.options).to_json(), "name": one.name}
         for group, total in groups.items()
         for term, one in zip(total.terms, total.rewards, strict=True)
     ]

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from rewards import RewardError, Scores, WeightedSum
+from rewards.base import concatenate
 from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.processes import Processes
 
@@ -53,7 +53,8 @@ class Scorer:
         """The scores of all batches of a queue, concatenated in order.
 
         Raises:
-            RewardError: From the first batch that failed; the batches behind it are dropped.
+            RewardError: From the first batch that failed; the batches behind it are dropped. Or batches have
+                different components.
         """
         pending = self._pending.pop(queue)
         try:
@@ -62,11 +63,7 @@ class Scorer:
             for future in pending:
                 future.cancel()
             raise
-        names = parts[0].components
-        return Scores(
-            total=torch.cat([part.total for part in parts]),
-            components={name: torch.cat([part.components[name] for part in parts]) for name in names},
-        )
+        return concatenate(parts)
 
     def __enter__(self) -> "Scorer":
         return self

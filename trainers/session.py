@@ -11,7 +11,7 @@ from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoin
 from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
 from trainers.overoptimisation import discard_evaluations
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan, check_whole_groups, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -61,7 +61,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
         stem: What an unnamed run is called after; None takes the first reward.
     """
     if stem is None:
-        stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
+        stem = config.rewards[0].shown.replace(":", "-").replace("/", "-") if config.rewards else "run"
     made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
@@ -119,6 +119,8 @@ def make_session(
     everything = [*prompts, *evaluated]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
     plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic, rank=processes.rank)
+    if reward.groupwise:
+        check_whole_groups(plan)
     evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
     distribute(policy, config.distributed, processes)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)

@@ -107,7 +107,7 @@ class Ensemble:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = _read_config(folder)
+        config = read_config(folder)
         encoder = config.make_encoder(device)
         try:
             tensors = load_file(folder / WEIGHTS)
@@ -128,7 +128,12 @@ class Ensemble:
         return cls(config, encoder, members)
 
 
-def _read_config(folder: Path) -> EnsembleConfig:
+def read_config(folder: Path) -> EnsembleConfig:
+    """What the networks in a folder are made from; reads no weights.
+
+    Raises:
+        ValueError: the folder holds no ensemble.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no fitted reward (no {CONFIG} in it); make one with ddpo rewards fit")

@@ -55,7 +55,7 @@ def read_pairs(path: Path, *, labelled: bool) -> list[Pair]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of pairs")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # others, as U+2028, may stand in a text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error})") from error
     pairs: list[Pair] = []

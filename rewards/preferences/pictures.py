@@ -39,7 +39,7 @@ def read_pictures(folder: Path) -> list[Picture]:
             f'{{"file_name": "003.png", "prompt": "a red circle"}}'
         )
     pictures = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 pictures.append(_picture(line, folder))

@@ -23,8 +23,7 @@ from importlib.resources import files
 from io import BytesIO
 from typing import cast, final
 
-from PIL import Image, UnidentifiedImageError
-
+from rewards.picture import open_rgb
 from rewards.preferences.labels import CHOICES, Choice, LabelSession, Progress, StaleChoice
 
 HOST = "127.0.0.1"
@@ -157,10 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = pair.a if session.a_is_left(int(number)) == (side == "left") else pair.b
         buffer = BytesIO()
         try:
-            with Image.open(path) as picture:
-                picture.convert("RGB").save(buffer, format="PNG")
-        except (UnidentifiedImageError, OSError) as error:
-            raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, f"{path} cannot be read: {error}") from error
+            open_rgb(path).save(buffer, format="PNG")
+        except ValueError as error:
+            raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from error
         return buffer.getvalue()
 
     # ----------------------------------------------------------------------------------------------------- answers

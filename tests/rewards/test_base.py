@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import Reward, RewardError
+from rewards import Reward, RewardError, Scores
+from rewards.base import concatenate
 
 
 def reward_of(function, **declared):
@@ -207,3 +208,19 @@ def test_only_the_shape_of_the_batch_is_accepted(shape):
     else:
         with pytest.raises(RewardError, match="must have shape"):
             returning(result)(images, prompts, metadata)
+
+
+def test_components_that_differ_between_groups_name_the_reward_and_both_sets():
+    def sometimes(images, prompts, metadata):
+        scores = images.mean(dim=(1, 2, 3))
+        return {"score": scores, "a": scores} if prompts[0] == "first" else {"score": scores, "b": scores}
+
+    reward = Reward(name="fickle", function=sometimes, groupwise=True)
+    with pytest.raises(RewardError, match=r"'fickle' reports other components for one batch \(b\) .* first \(a\)"):
+        reward(torch.rand(2, 3, 4, 4), ["first", "second"], [{}] * 2)
+
+
+def test_the_order_of_components_may_differ_between_batches():
+    one = Scores(total=torch.zeros(1), components={"a": torch.ones(1), "b": torch.zeros(1)})
+    two = Scores(total=torch.zeros(1), components={"b": torch.zeros(1), "a": torch.ones(1)})
+    assert concatenate([one, two]).components["a"].tolist() == [1.0, 1.0]

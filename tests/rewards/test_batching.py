@@ -1,6 +1,7 @@
 """Concurrent requests share a call of the reward, and each gets exactly its own scores."""
 
 import threading
+import weakref
 from concurrent.futures import wait
 
 import pytest
@@ -82,6 +83,33 @@ def test_a_request_that_was_given_up_is_not_scored(gate):
     gate.open.set()
     assert len(kept.result(SECONDS).total) == 2
     assert gate.sizes == [1, 2]
+    assert batcher.close(patience=SECONDS)
+
+
+def test_images_of_requests_that_were_given_up_are_freed_while_a_call_hangs(gate):
+    batcher = start(gate)
+    held = []
+    for _ in range(3):
+        images = torch.rand(5, 3, 4, 4)
+        held.append(weakref.ref(images))
+        future = batcher.submit(images, ["p"] * 5, [{}] * 5)
+        del images
+        assert held[-1]() is not None, "it waits in the queue"
+        assert future.cancel()
+    assert [ref() for ref in held] == [None] * 3
+    kept = batcher.submit(torch.rand(2, 3, 4, 4), ["p"] * 2, [{}] * 2)
+    gate.open.set()
+    assert len(kept.result(SECONDS).total) == 2
+    assert gate.sizes == [1, 2]
+    assert batcher.close(patience=SECONDS)
+
+
+def test_a_request_that_is_given_up_while_others_are_waited_for_leaves_the_thread_alive(gate):
+    gate.open.set()
+    batcher = Batcher(as_reward(gate, name="gate"), max_batch=64, max_delay=0.05)
+    assert batcher.submit(torch.rand(1, 3, 2, 2), ["p"], [{}]).cancel()
+    for _ in range(2):
+        assert len(batcher.submit(torch.rand(1, 3, 2, 2), ["p"], [{}]).result(SECONDS).total) == 1
     assert batcher.close(patience=SECONDS)
 
 

@@ -58,7 +58,7 @@ def server():
 
 def connect(server, **options):
     url = f"http://127.0.0.1:{server.server_port}"
-    return resolve("remote", options={"url": url, "reward": "r", "timeout": 0.5, "max_wait": 0.6, **options})
+    return resolve("remote", options={"url": url, "reward": "r", "timeout": 10, "max_wait": 0.6, **options})
 
 
 def score(reward):
@@ -115,7 +115,7 @@ def test_redirections_are_not_followed(server):
 
 
 def test_a_reply_that_comes_in_drops_meets_the_time_limit(server):
-    reward = connect(server)
+    reward = connect(server, timeout=0.5)
     server.drip = 0.2
     with pytest.raises(RewardError, match=r"no answer within"):
         score(reward)

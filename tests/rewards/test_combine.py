@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards import Reward, RewardError, RewardTerm, WeightedSum
-from rewards.combine import Moments
+from rewards.combine import RESERVED, Moments
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -83,16 +83,6 @@ def test_moments_survive_a_large_offset():
     assert moments.std == pytest.approx(float(np.std(np.arange(1000) % 7)), rel=1e-6)
 
 
-def test_processes_that_update_with_the_same_scores_agree(images, prompts, metadata):
-    terms = [RewardTerm(name="brightness", normalize="std"), RewardTerm(name="redness", normalize="std")]
-    one, two = WeightedSum(terms), WeightedSum(terms)
-    gathered = one(images, prompts, metadata).components
-    one.update(gathered)
-    two.update(gathered)
-    first, second = one(images[:2], prompts[:2], metadata[:2]), two(images[2:], prompts[2:], metadata[2:])
-    torch.testing.assert_close(torch.cat([first.total, second.total]), one(images, prompts, metadata).total)
-
-
 def test_state_survives_json_exactly(images, prompts, metadata):
     terms = [RewardTerm(name="brightness", normalize="std"), RewardTerm(name="jpeg_compressibility", normalize="std")]
     one, two = WeightedSum(terms), WeightedSum(terms)
@@ -145,9 +135,42 @@ def test_no_terms_and_terms_of_one_name_are_refused():
         ({"name": " "}, "name must be"),
         ({"name": "brightness", "weight": float("nan")}, "weight must be a finite number, got nan"),
         ({"name": "brightness", "weight": float("inf")}, "weight must be a finite number, got inf"),
+        ({"name": "brightness", "label": ""}, "label must be a name without spaces.* got ''"),
+        ({"name": "brightness", "label": "a/b"}, "label must be a name without spaces.* got 'a/b'"),
         ({"name": "brightness", "normalize": "mean"}, "normalize must be one of 'none', 'std'.*got 'mean'"),
     ],
 )
 def test_bad_terms_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RewardTerm(**fields)
+
+
+def test_labels_tell_two_terms_of_one_reward_apart(images, prompts, metadata, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "class Power:\n    def __init__(self, *, device, of):\n        self.of = of\n"
+        "    def __call__(self, images, prompts, metadata):\n"
+        "        return {'score': images.mean(dim=(1, 2, 3)) ** self.of, 'power': images.new_full((4,), self.of)}\n"
+    )
+    terms = [RewardTerm(name=f"{file}:Power", options={"of": of}, label=label, weight=w, normalize="std")
+             for of, label, w in ((1.0, "linear", 1.0), (3.0, "cubic", -2.0))]  # fmt: skip
+    reward = WeightedSum(terms)
+    scores = reward(images, prompts, metadata)
+    assert list(scores.components) == ["linear", "linear/power", "cubic", "cubic/power"]
+    torch.testing.assert_close(scores.components["cubic"], scores.components["linear"] ** 3)
+    assert reward.weights() == {"linear": 1.0, "cubic": -2.0}
+    reward.update(scores.components)
+    assert set(reward.state_dict()) == {"linear", "cubic"}
+    assert [reward.component_of(name) for name in ("cubic", "Power")] == ["cubic", "Power"]
+    with pytest.raises(ValueError, match="two reward terms report as 'Power' .* give one of them a label"):
+        WeightedSum([RewardTerm(name=term.name, options=term.options) for term in terms])
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_reward_cannot_take_the_name_of_a_measure_of_the_runs_own(name):
+    made = Reward(name=name, function=lambda x, p, m: x.mean(dim=(1, 2, 3)))
+    with pytest.raises(ValueError, match=f"cannot be reported as '{name}'.* give its term a label"):
+        WeightedSum.of(made)
+    with pytest.raises(ValueError, match="label must not be one of"):
+        RewardTerm(name="brightness", label=name)
+    assert WeightedSum([RewardTerm(name=name, label="mine")], rewards=[made]).weights() == {"mine": 1.0}

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from rewards import Reward, RewardError, RewardTerm, WeightedSum, register, resolve
 from rewards.cli import score
 from rewards.diversity import Diversity
+from rewards.loading import load_file
 from rewards.rank import mean_of_others
 from rewards.selftest import check
 
@@ -132,6 +133,28 @@ def test_a_temperature_makes_win_rates_of_bradley_and_terry():
         assert float(result[i]) == pytest.approx(np.mean(wins), abs=1e-6)
     with pytest.raises(ValueError, match="temperature must be at least 0"):
         resolve("rank", options={"reward": "brightness", "temperature": -1.0})
+
+
+@pytest.mark.parametrize("scores", [[0.1, 0.5, 0.9, -1e6], [1e6, 1e6 + 0.5, 0.25, 0.5], [0.0, 0.0, 1e-9, 1.0]])
+def test_a_tie_is_a_difference_of_rounding_between_the_two_whatever_the_others_score(scores, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import torch\ndef given(images, prompts, metadata):\n    return torch.tensor({scores})\n")
+    ranks = resolve("rank", options={"reward": f"{file}:given"})(pictures(4), ["a"] * 4, [{}] * 4).total
+    expected = {-1e6: [1 / 3, 2 / 3, 1, 0], 0.5: [5 / 6, 5 / 6, 0, 1 / 3], 1.0: [1 / 6, 1 / 6, 2 / 3, 1]}[scores[3]]
+    np.testing.assert_allclose(ranks.numpy(), expected, rtol=1e-6)
+
+
+def test_a_judge_is_asked_about_few_pairs_at_a_time(tmp_path):
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "CALLS = []\ndef brighter(first, second, prompts, metadata):\n    CALLS.append(len(prompts))\n"
+        "    return (first.mean((1, 2, 3)) > second.mean((1, 2, 3))).float()\n"
+    )
+    images = pictures(13)
+    wins = resolve("win_rate", options={"judge": f"{file}:brighter"})(images, ["a"] * 13, [{}] * 13).total
+    torch.testing.assert_close(wins, images.mean((1, 2, 3)).argsort().argsort() / 12)
+    calls = load_file(file).CALLS
+    assert sum(calls) == 13 * 12 and max(calls) <= 32
 
 
 JUDGE = """

@@ -1,5 +1,8 @@
 """The hash of a reward changes with its code, arguments and weights, and with nothing else."""
 
+import functools
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -77,3 +80,54 @@ def test_versions_and_the_place_are_noted():
     assert identity.versions["torch"] == torch.__version__.partition("+")[0]
     assert set(identity.to_json()) == {"name", "hash", "package_version", "versions", "where"}
     assert identity.where == "this process"
+
+
+class Scaled:
+    def __init__(self, gain, offsets=()):
+        self.gain = gain
+        self.offsets = np.asarray(offsets)
+
+    def score(self, images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)) * self.gain
+
+    __call__ = score
+
+
+def powered(images, prompts, metadata, *, of, kind="mean"):
+    return images.mean(dim=(1, 2, 3)) ** of
+
+
+class Network(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)) * self.gain
+
+
+def hash_of(target):
+    return identify(as_reward(target, name="r")).hash
+
+
+def test_numbers_and_arrays_of_an_object_count():
+    made = [Scaled(1.0), Scaled(1.5), Scaled(1.0, [0.0]), Scaled(1.0, [1.0]), Scaled(1.0, np.ones(1, np.float32))]
+    assert len({hash_of(one) for one in made}) == len(made)
+    assert hash_of(Scaled(1.5, [2.0])) == hash_of(Scaled(1.5, [2.0]))
+    assert hash_of(Network(1.0)) == hash_of(Network(1.0)) != hash_of(Network(2.0))
+
+
+def test_equal_numbers_in_other_places_count():
+    assert hash_of(Holder([1.0, 1.0, 2.0])) != hash_of(Holder([1.0, 2.0, 2.0]))
+
+
+def test_a_bound_method_is_its_object_and_its_function():
+    assert hash_of(Scaled(1.0).score) == hash_of(Scaled(1.0).score) != hash_of(Scaled(2.0).score)
+    assert hash_of(Scaled(1.0).score) != hash_of(Scaled(1.0))
+
+
+def test_a_partial_is_its_function_and_its_arguments():
+    variants = [{"of": 1}, {"of": 2}, {"of": 2, "kind": "median"}, {"of": torch.ones(1)}, {"of": torch.zeros(1)}]
+    assert len({hash_of(functools.partial(powered, **options)) for options in variants}) == len(variants)
+    assert hash_of(functools.partial(powered, of=2)) == hash_of(functools.partial(powered, of=2))
+    assert hash_of(functools.partial(Scaled(1.0).score)) != hash_of(functools.partial(Scaled(2.0).score))

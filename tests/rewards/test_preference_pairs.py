@@ -52,6 +52,17 @@ def test_a_malformed_line_is_named_with_file_and_number(folder, line, message):
         read_pairs(path, labelled=True)
 
 
+def test_a_line_ends_at_a_newline_alone(folder):
+    prompt = "a cat\u2028of two\u0085lines"
+    lines = [json.dumps({**GOOD, "prompt": prompt}, ensure_ascii=False) for _ in range(2)]
+    for content in ("\n".join(lines), "\r\n".join(lines) + "\r\n"):
+        (folder / "p.jsonl").write_bytes(content.encode())
+        pairs = read_pairs(folder / "p.jsonl", labelled=True)
+        assert [pair.prompt for pair in pairs] == [prompt] * 2
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert [picture.prompt for picture in read_pictures(folder)] == ["a\u2028b"]
+
+
 def test_all_malformed_lines_are_named_at_once(folder):
     with pytest.raises(ValueError) as caught:
         read_pairs(write(folder / "p.jsonl", "{", GOOD, "[]"), labelled=True)

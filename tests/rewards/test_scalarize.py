@@ -137,3 +137,16 @@ def test_they_are_terms_of_a_weighted_sum_like_any_reward():
 def test_impossible_terms_are_refused(name, terms, message):
     with pytest.raises(ValueError, match=message):
         resolve(name, options={"terms": terms})
+
+
+@pytest.mark.parametrize("name", ["rank", "chebyshev", "geometric"])
+def test_a_part_called_score_does_not_take_the_place_of_the_total(name, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def score(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n")
+    images = torch.tensor([0.2, 0.4, 0.8]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    part = {"name": f"{file}:score", "ideal": 1.0, "low": 0.0, "high": 0.8}
+    options = {"reward": f"{file}:score"} if name == "rank" else {"terms": [part]}
+    scores = resolve(name, options=options)(images, ["a"] * 3, [{}] * 3)
+    expected = {"rank": [0.0, 0.5, 1.0], "chebyshev": [-0.8, -0.6, -0.2], "geometric": [0.25, 0.5, 1.0]}[name]
+    assert scores.total.tolist() == pytest.approx(expected, abs=1e-6)
+    assert scores.components["raw/score"].tolist() == pytest.approx([0.2, 0.4, 0.8])

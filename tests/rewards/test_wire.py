@@ -11,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
 from rewards import Scores
 from rewards.wire import JSON, SAFETENSORS, WireError, decode_reply, decode_request, encode_reply, encode_request, pack
 
 LIMIT = 10_000_000
+IMAGE = torch.zeros(1, 3, 2, 2)
 
 
 def decode(body, media=SAFETENSORS):
@@ -70,7 +72,6 @@ def test_scores_survive_the_reply_bit_by_bit(values):
     assert torch.equal(back.scores.components["part"], -total)
 
 
-IMAGE = torch.zeros(1, 3, 2, 2)
 HUGE_HEADER = struct.pack("<Q", 1 << 60) + b"{}"
 
 
@@ -109,6 +110,98 @@ def test_random_bytes_are_refused_and_never_anything_else(body):
     for media in (SAFETENSORS, JSON):
         with pytest.raises(WireError):
             decode(body, media)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("images"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("@png"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+WHOLE = {"dtype": "F32", "shape": [1, 3, 2, 2], "data_offsets": [0, 48]}
+
+
+def with_header(header):
+    """A black image under a safetensors header."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(48)
+
+
+def is_read_or_refused(body, media):
+    """Whether the request was understood; anything else than WireError would be a server's internal error."""
+    try:
+        decode(body, media)
+    except WireError:
+        return False
+    return True
+
+
+@given(st.dictionaries(st.sampled_from(["reward", "prompts", "metadata", "images", "x"]), anything))
+def test_valid_json_of_anything_is_read_or_refused(change):
+    whole = {"reward": "r", "prompts": ["a"], "metadata": [{}], "images": [picture()[1]]}
+    is_read_or_refused(json.dumps({**whole, **change}).encode(), JSON)
+    fields = {key: value for key, value in {**whole, **change}.items() if key != "images"}
+    is_read_or_refused(request_with({"images": IMAGE}, **fields), SAFETENSORS)
+
+
+@given(
+    entry=st.dictionaries(
+        st.sampled_from(["dtype", "shape", "data_offsets", "x"]),
+        anything | st.sampled_from(["F32", "U8", "BF16"]) | st.lists(st.integers(-2, 1 << 62), max_size=4),
+    ),
+    notes=anything | st.fixed_dictionaries({"request": anything}),
+)
+def test_valid_headers_of_anything_are_read_or_refused(entry, notes):
+    fields = json.dumps({"reward": "r", "prompts": ["a"], "metadata": [{}]})
+    for header in (
+        {"__metadata__": {"request": fields}, "images": {**WHOLE, **entry}},
+        {"__metadata__": notes, "images": WHOLE},
+        {"__metadata__": {"request": fields}, "images": notes},
+    ):
+        is_read_or_refused(with_header(header), SAFETENSORS)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_pictures_are_read_or_refused(damages):
+    notes, exif = PngInfo(), Image.Exif()
+    notes.add_text("comment", "x" * 40, zip=True)
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("P", (5, 4)).save(file, format="PNG", pnginfo=notes, exif=exif, transparency=0)
+    data = bytearray(file.getvalue())
+    for place, value in damages:
+        data[place % len(data)] = value
+    is_read_or_refused(json_request(base64.b64encode(bytes(data)).decode()), JSON)
+
+
+def json_request(image, **fields):
+    return json.dumps({"reward": "r", "prompts": ["a"], "metadata": [{}], "images": [image], **fields}).encode()
+
+
+def with_text_chunk(size):
+    notes, file = PngInfo(), io.BytesIO()
+    notes.add_text("comment", "x" * size, zip=True)
+    Image.new("RGB", (2, 2)).save(file, format="PNG", pnginfo=notes)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        (json_request("é" * 8), JSON),
+        (json_request(with_text_chunk(2_000_000)), JSON),
+        (json_request("x", metadata=[{"image": {"@png": "é"}}]), JSON),
+        (request_with({"images": IMAGE}).replace(b'"dtype":"F32"', b'"dtype":[   ]'), SAFETENSORS),
+        (with_header({"__metadata__": {"request": "\ud800"}, "images": WHOLE}), SAFETENSORS),
+    ],
+    ids=["base64 not ASCII", "huge text chunk", "picture in the metadata", "type is a list", "half a character"],
+)
+def test_what_makes_the_libraries_raise_is_refused(body):
+    with pytest.raises(WireError):
+        decode(*body)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +254,19 @@ def test_pictures_in_the_metadata_arrive_exactly_and_count_for_the_size_limit():
     assert np.array_equal(np.array(entry["image"]), pixels) and entry["n"] == 1
     with pytest.raises(WireError, match="passes the size limit"):
         decode_request(body, SAFETENSORS, max_bytes=pixels.nbytes - 1)
+
+
+def test_pictures_nested_in_the_metadata_arrive_too():
+    pixels, _ = picture()
+    nested = {"edit": {"sources": [{"image": Image.fromarray(pixels)}, "text"]}}
+    (entry,) = decode(encode_request("r", torch.rand(1, 3, 8, 8), ["a"], [nested])).metadata
+    (source, text) = entry["edit"]["sources"]
+    assert np.array_equal(np.array(source["image"]), pixels) and text == "text"
+
+
+def test_metadata_may_be_nested_but_not_without_end():
+    for depth in (50, 300, 500, 700, 900, 100_000):
+        body = json_request(picture()[1]).replace(b"[{}]", b'[{"x": %s}]' % (b"[" * depth + b"]" * depth))
+        was_read = is_read_or_refused(body, JSON)
+        assert was_read or depth > 50
+    assert not was_read

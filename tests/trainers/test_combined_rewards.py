@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from ddpo.lagrangian import Constraint
-from rewards import Reward, RewardTerm, WeightedSum
+from rewards import Reward, RewardError, RewardTerm, Scores, WeightedSum
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import launch, reproducible, weights, write_config
 from trainers.checkpoint import latest_checkpoint
+from trainers.collection import _gather_scores
 from trainers.config import Config
 from trainers.config_io import ConfigError, load_config, to_yaml
+from trainers.evaluation import _check_alike
 from trainers.grouping import GroupBuffer
 from trainers.loop import resume, train_from_config
 from trainers.run import read_metrics
@@ -174,6 +176,14 @@ def test_what_only_a_constraint_names_is_scored_with_weight_zero() -> None:
     assert [(term.name, term.weight) for term in config.terms] == [("my.py:mine", 1.0), ("redness", 0.0)]
 
 
+def test_constraints_know_rewards_by_label_and_what_servers_score_by_its_name() -> None:
+    config = Config(
+        rewards=(RewardTerm(name="my.py:mine", label="own"), RewardTerm(name="remote", options={"reward": "ocr"})),
+        constraints=tuple(Constraint(reward=name, at_most=1.0) for name in ("own", "own/part", "ocr", "my.py:mine")),
+    )
+    assert [(term.name, term.weight) for term in config.terms[2:]] == [("my.py:mine", 0.0)]
+
+
 def test_the_buffer_hands_on_whole_groups_in_order() -> None:
     buffer = GroupBuffer(3)
     images = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 2, 2)
@@ -188,9 +198,54 @@ def test_the_buffer_hands_on_whole_groups_in_order() -> None:
 
 
 def test_queues_of_the_scorer_are_collected_by_themselves() -> None:
-    reward = WeightedSum.of(Reward(name="mean", function=lambda x, p, m: x.mean((1, 2, 3))))
+    reward = WeightedSum.of(Reward(name="level", function=lambda x, p, m: x.mean((1, 2, 3))))
     with Scorer(reward) as scorer:
         for queue, level in ((-1, 0.25), (4, 0.5), (-1, 0.75)):
             scorer.submit(torch.full((1, 3, 2, 2), level), ["a"], [{}], queue=queue)
         assert scorer.collect(4).total.tolist() == [0.5]
         assert scorer.collect().total.tolist() == [0.25, 0.75]
+
+
+def fickle(images, prompts, metadata):
+    """Reports a component only for cats."""
+    scores = images.mean((1, 2, 3))
+    return {"score": scores, "cat": scores} if prompts[0] == "a cat" else {"score": scores}
+
+
+def test_batches_with_other_components_are_refused_by_name() -> None:
+    reward = WeightedSum.of(
+        Reward(name="fickle", function=fickle), Reward(name="level", function=lambda x, p, m: x.mean((1, 2, 3)))
+    )
+    with Scorer(reward) as scorer:
+        for prompt in ("a cat", "a dog"):
+            scorer.submit(torch.zeros(1, 3, 2, 2), [prompt], [{}])
+        message = r"reward 'fickle' reports other components for one batch \(none\) .* the first \(fickle/cat\)"
+        with pytest.raises(RewardError, match=message):
+            scorer.collect()
+
+
+class TwoProcesses:
+    """The first of two processes, as the other one's component names come in."""
+
+    def __init__(self, other: list[str]) -> None:
+        self._other = other
+
+    def gather_json(self, value: object) -> list[object]:
+        return [value, self._other]
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, values])
+
+
+def test_processes_with_other_components_are_refused_on_all() -> None:
+    scores = Scores(total=torch.zeros(1), components={"a": torch.ones(1), "a/x": torch.zeros(1)})
+    assert _gather_scores(scores, TwoProcesses(["a/x", "a"])).components["a"].tolist() == [1.0, 1.0]
+    with pytest.raises(RewardError, match=r"reward 'a' reports other components for one batch \(a/y\)"):
+        _gather_scores(scores, TwoProcesses(["a", "a/y"]))
+
+
+def test_an_evaluation_whose_batches_have_other_components_names_the_held_out_reward() -> None:
+    first = {"reward": 0, "fickle": 0, "heldout/fickle": 0, "heldout/fickle/cat": 0}
+    _check_alike(first, list(reversed(first)))
+    with pytest.raises(RewardError, match=r"'fickle' reports other components for one batch \(none\)"):
+        _check_alike(first, ["reward", "fickle", "heldout/fickle"])

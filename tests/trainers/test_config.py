@@ -112,7 +112,8 @@ def test_sd15_configs_hold_ddpos_published_numbers():
         ),
         (
             "heldout_rewards: [{name: a}, {name: a}]",
-            "x.yaml: heldout_rewards: must be a list that names each reward once, got ['a', 'a']",
+            "x.yaml: heldout_rewards: must be a list that names each reward once, or tells them apart by `label`, "
+            "got ['a', 'a']",
         ),
         ("evaluation: {prompts: {limit: 0}}", "x.yaml: evaluation.prompts.limit: must be at least 1 or null, got 0"),
         (

@@ -1,22 +1,28 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ddpo.advantages import AdvantageConfig
 from ddpo.kl import FixedKL
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
-from trainers.config import BatchConfig, Config, DistributedConfig
-from trainers.plan import PlanError, chunks, make_plan, split_evenly
+from rewards import RewardTerm, WeightedSum
+from trainers.config import BatchConfig, Config, DistributedConfig, RunConfig, TrackingConfig
+from trainers.plan import PlanError, check_whole_groups, chunks, make_plan, share, split_evenly
+from trainers.preflight import preflight
+from trainers.session import make_session
 
 
 def a_config(
     *, samples=256, group=8, sample_batch=8, train_batch=8, steps=50, guidance=5.0, kl=0.0, epochs=100,
-    strategy="ddp", **objective,
+    strategy="ddp", advantages=None, **objective,
 ):  # fmt: skip
     return Config(
+        advantages=advantages or AdvantageConfig(),
         distributed=DistributedConfig(strategy=strategy),
         batch=BatchConfig(
             samples_per_epoch=samples, group_size=group, sample_batch_size=sample_batch, train_batch_size=train_batch
@@ -178,3 +184,50 @@ def test_the_description_reads_as_a_table():
         "denoiser rows 9,440 per epoch = 5,440 sampling + 2,720 training + 1,280 reference",
         "run           3 epochs, 6 optimizer steps, 816 images",
     ]
+
+
+@given(processes=st.integers(1, 6), groups=st.integers(1, 12), group=st.integers(1, 6))
+def test_a_plan_with_a_group_on_two_processes_is_refused_with_sizes_that_work(processes, groups, group):
+    assume(groups * group >= max(2, processes))
+
+    def whole(samples):
+        owner = {i: rank for rank in range(processes) for i in share(samples, rank=rank, count=processes)}
+        return all(len({owner[g * group + j] for j in range(group)}) == 1 for g in range(samples // group))
+
+    def plan(samples):
+        config = a_config(samples=samples, group=group, advantages=AdvantageConfig(baseline="batch"))
+        return make_plan(config, num_processes=processes, num_stochastic=50)
+
+    assert plan(groups * group).whole_groups == whole(groups * group)
+    if whole(groups * group):
+        check_whole_groups(plan(groups * group))
+        return
+    with pytest.raises(PlanError, match="batch.samples_per_epoch must be a multiple of") as refused:
+        check_whole_groups(plan(groups * group))
+    named = str(refused.value).rpartition("nearest possible: ")[2].split(" or ")
+    for size in map(int, named):
+        assert whole(size)
+        check_whole_groups(plan(size))
+
+
+def test_a_session_with_a_groupwise_reward_needs_whole_groups():
+    policy = SimpleNamespace(
+        schedule=SimpleNamespace(stochastic_steps=range(50)), sampler=SamplerConfig(), check_inputs=lambda *inputs: None
+    )
+    processes = SimpleNamespace(count=2, rank=0)
+    reward = WeightedSum([RewardTerm(name="diversity")])
+    config = a_config(samples=9, group=3)
+    with pytest.raises(PlanError, match=r"multiple of 6 \(2 processes x 3.* got 9, nearest possible: 6 or 12"):
+        make_session(config, policy, reward, None, [], [], processes, None, first_step=0)
+
+
+def test_whole_groups_are_asked_for_before_weights_load(tmp_path):
+    config = dataclasses.replace(
+        a_config(samples=9, group=3),
+        rewards=(RewardTerm(name="diversity"),),
+        run=RunConfig(output_dir=str(tmp_path)),
+        tracking=TrackingConfig(trackers=()),
+    )
+    preflight(config, num_processes=3)
+    with pytest.raises(PlanError, match="got 9, nearest possible: 6 or 12"):
+        preflight(config, num_processes=2)

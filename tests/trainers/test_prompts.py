@@ -37,6 +37,16 @@ def test_json_lines_carry_metadata(tmp_path):
     ]
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    text = "a cat\u2028of two\u0085lines"
+    lines = tmp_path / "p.jsonl"
+    lines.write_bytes(json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\r\n")
+    assert load(lines) == [Prompt(text=text)]
+    plain = tmp_path / "p.txt"
+    plain.write_text(f"{text}\na dog\n", encoding="utf-8")
+    assert [prompt.text for prompt in load(plain)] == [text, "a dog"]
+
+
 def test_a_function_in_a_file_is_called_with_the_split_it_takes(tmp_path):
     (tmp_path / "p.py").write_text("def plain():\n    return ['a']\ndef of(split):\n    return [{'prompt': split}]\n")
     assert load(f"{tmp_path}/p.py:plain") == [Prompt(text="a")]

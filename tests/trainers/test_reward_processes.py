@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rewards import RewardError
 from tests.tiny import tiny_stable_diffusion
@@ -132,14 +134,34 @@ def test_reward_processes_end_when_they_are_told_and_when_they_hang() -> None:
     assert children[0].returncode == -signal.SIGKILL
 
 
-def test_the_same_reward_twice_with_other_options_is_allowed_and_with_the_same_ones_not(
+def test_a_reward_held_out_with_other_options_is_served_and_reported_under_its_label(
     model: Path, tmp_path: Path
 ) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "class Power:\n    def __init__(self, *, device, of=1):\n        self.of = of\n"
+        "    def __call__(self, images, prompts, metadata):\n        return images.mean(dim=(1, 2, 3)) ** self.of\n"
+    )
+    config = write_config(tmp_path, model)
+    held = f"[{{name: '{mine}:Power', options: {{of: 2}}, label: squared}}]"
+    terms = ("--rewards.0.name", f"{mine}:Power", "--rewards.0.label", "plain", "--heldout_rewards", held)
+    run = start(config, *terms, "--reward_processes.devices", "[cpu]", "--epochs", "1")
+    values = load_file(run / "evaluations" / "epoch_000000.safetensors")
+    torch.testing.assert_close(values["value.heldout/squared"], values["value.plain"] ** 2)
+    assert "reward/plain" in read_metrics(run)[0]
+    recorded = json.loads((run / "rewards.json").read_text())["rewards"]
+    assert [entry["name"] for entry in recorded] == ["plain", "squared"]
+
+
+def test_a_reward_named_twice_needs_a_label_whatever_its_options(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
 
-    def terms(first: str, second: str) -> str:
-        return f"[{{name: remote, options: {{reward: {first}}}}}, {{name: remote, options: {{reward: {second}}}}}]"
+    def terms(first: str, second: str, label: str = "null") -> str:
+        one, two = (f"options: {{reward: {name}}}" for name in (first, second))
+        return f"[{{name: remote, {one}}}, {{name: remote, {two}, label: {label}}}]"
 
     assert len(load_config(config, ["--rewards", terms("ocr", "shapes")]).rewards) == 2
-    with pytest.raises(ConfigError, match="names each reward once"):
-        load_config(config, ["--rewards", terms("ocr", "ocr")])
+    assert len(load_config(config, ["--rewards", terms("ocr", "ocr", "again")]).rewards) == 2
+    for wrong in (terms("ocr", "ocr"), "[{name: rank, options: {reward: a}}, {name: rank, options: {reward: b}}]"):
+        with pytest.raises(ConfigError, match="names each reward once, or tells them apart by `label`"):
+            load_config(config, ["--rewards", wrong])

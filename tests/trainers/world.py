@@ -6,9 +6,13 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 PRELOADED = ["trainers.loop", "trainers.config_io", "trainers.preflight", "diffusers", "peft", "tests.tiny"]
 TIMEOUT_SECONDS = 200
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"
+}  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
 
@@ -24,13 +28,13 @@ def in_processes(
         count: Processes; more than one find each other as torchrun's would.
         log: File for what they print, `<log>.<rank>`; None prints it here.
     """
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
     port = free_port()
     children = [
         _CONTEXT.Process(target=_enter, args=(function, arguments, rank, count, port, log)) for rank in range(count)
     ]
-    for child in children:
-        child.start()
+    with patch.dict(os.environ, ENVIRONMENT):  # for the server, which keeps what it was started with
+        for child in children:
+            child.start()
     for child in children:
         child.join(TIMEOUT_SECONDS)
         if child.is_alive():

@@ -32,7 +32,7 @@ _SERVE_EPILOG = """\
 Serves rewards to `remote` rewards of runs elsewhere: another environment, machine or device.
 
   ddpo rewards serve ocr jpeg_compressibility
-  ddpo rewards serve 'clip_score={"model": "ViT-L-14", "weights": "openai"}' my_rewards.py:sharp --device cuda:1
+  ddpo rewards serve 'clip_score={"model": "ViT-B-32", "pretrained": "openai"}' my_rewards.py:sharp --device cuda:1
   DDPO_REWARD_TOKEN=... ddpo rewards serve ocr --host 0.0.0.0
 
 A line of JSON with the address is printed once it is ready. Only 127.0.0.1 is served unless --host says otherwise, and
@@ -42,7 +42,12 @@ other machines only with a token. SIGTERM finishes what was accepted. Format and
 
 def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
     parser = command(actions, "serve", _rewards_serve, "score for runs elsewhere, over HTTP", epilog=_SERVE_EPILOG)
-    parser.add_argument("names", metavar="NAME", nargs="+", help='as in a configuration; options: NAME={"key": value}')
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="+",
+        help='as in a configuration; options: NAME={"key": value}; under another name: LABEL=NAME',
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     parser.add_argument("--device", default="cpu", help="for rewards with weights, e.g. cuda:1 (default cpu)")
@@ -50,7 +55,7 @@ def _add_rewards_serve(actions: argparse._SubParsersAction) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="its first line is the token (default: DDPO_REWARD_TOKEN, if set)",
+        help="holds the token and nothing else (default: DDPO_REWARD_TOKEN, if set)",
     )
     parser.add_argument(
         "--max-batch", type=positive, default=64, help="images up to which requests are joined; 1: never (default 64)"

@@ -20,7 +20,7 @@ from ddpo.control.gradient_check import GradientComparison, Paths, compare_gradi
 from ddpo.control.toy_problem import ToyProblem, toy_problem
 from ddpo.objectives import PolicyGradientConfig
 
-GAP_BAR, Z_BAR = 2e-3, 4.0
+Z_BAR = 4.0
 objective_module = sys.modules["ddpo.objectives.policy_gradient"]  # the package exports a function of that name
 PLAIN = AdvantageConfig(baseline="batch", scale="none", clip=None)
 
