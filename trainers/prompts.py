@@ -159,7 +159,8 @@ def _from_file(path: Path) -> Entries:
     if not path.is_file():
         raise PromptError(f"{path}: no such prompt file (looked for {path.absolute()})")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(), which also cuts at U+2028 and its like: those are text, in JSON and in a prompt.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     numbered = [(f"{path}: line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
