@@ -6,6 +6,7 @@ the algorithm are declared beside it: `ddpo.lora`, `ddpo.samplers`, `ddpo.object
 `one_of`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -157,6 +158,9 @@ class OptimizerConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("weight_decay", "warmup_updates"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("learning_rate", "epsilon", "weight_decay"):
+            value = getattr(self, name)
+            check(value is None or value < math.inf, name, value, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +201,7 @@ class EvaluationConfig:
         overoptimisation_threshold: Warn when a held-out reward lies this many standard errors below its best
             evaluation while the training reward lies as many above (paired differences per image); 0 never warns.
         stop_on_overoptimisation: Stop after `overoptimisation_patience` such evaluations in a row and export the
-            weights of the best evaluation instead of the last.
+            weights of the best evaluation instead of the last; needs held-out rewards.
         overoptimisation_patience: Evaluations in a row before stopping.
     """
 
@@ -219,6 +223,9 @@ class EvaluationConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        blind = self.stop_on_overoptimisation and self.overoptimisation_threshold == 0
+        cure = "positive with stop_on_overoptimisation (0 never warns, so it would never stop)"
+        check(not blind, "overoptimisation_threshold", self.overoptimisation_threshold, cure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +247,7 @@ class ShapingConfig:
         steps = list(self.steps)
         rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
         check(rising and all(k >= 0 for k in steps), "steps", steps, "rising numbers from 0")
-        check(self.strength > 0, "strength", self.strength, "positive")
+        check(0 < self.strength < math.inf, "strength", self.strength, "positive and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
