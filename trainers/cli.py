@@ -180,7 +180,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         print(plan.describe(), flush=True)
     from trainers.estimate.command import describe
 
-    print(describe(config, plan, options.num_processes, utilisation=options.utilisation, as_json=options.json))
+    print(describe(config, plan, utilisation=options.utilisation, as_json=options.json))
 
 
 def _print_run(run: Path) -> None:

@@ -449,6 +449,12 @@ class Config:
         check(not twice, "kl.kind", self.kl.kind, f"fixed with a constraint on {KL_NAME}")
 
     @property
+    def weighs_kl(self) -> bool:
+        """Whether the KL to the pretrained pipeline has a weight: a penalty, or the multiplier of a bound on it."""
+        bounded = any(constraint.reward == KL_NAME for constraint in self.constraints)
+        return bounded or isinstance(self.kl, AdaptiveKL) or self.kl.alpha > 0
+
+    @property
     def evaluation_sampler(self) -> SamplerConfig:
         """The sampler of evaluations and of `ddpo sample`, with training's keys filled in."""
         return (self.evaluation.sampler or EvaluationSampler()).resolve(self.sampler)

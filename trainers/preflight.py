@@ -9,7 +9,7 @@ import torch
 from trainers.config import Config
 from trainers.config_errors import ConfigError
 from trainers.optimizers import check_optimizer
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan, expected_plan
 from trainers.prompts import load_prompts
 
 
@@ -34,7 +34,7 @@ def preflight(config: Config, *, num_processes: int, with_prompts: bool = True) 
         load_prompts(config.prompts)
         if config.evaluation.prompts is not None:
             load_prompts(config.evaluation.prompts)
-    return make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    return expected_plan(config, num_processes=num_processes)
 
 
 def check_model(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ddpo import Policy
@@ -11,7 +11,7 @@ from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoin
 from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
 from trainers.overoptimisation import discard_evaluations
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan, expected_plan, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -118,12 +118,21 @@ def make_session(
         )
     everything = [*prompts, *evaluated]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
-    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic, rank=processes.rank)
+    plan = make_plan(
+        config,
+        num_processes=processes.count,
+        num_stochastic=num_stochastic,
+        branches=policy.rule.branches,
+        rank=processes.rank,
+    )
     evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
     distribute(policy, config.distributed, processes)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
     progress = Progress(enabled=processes.is_main)
+    expected = expected_plan(config, num_processes=processes.count, rank=processes.rank)
+    if plan != replace(expected, steps_known=True, rows_known=True):
+        progress.line(f"the plan, now that the pipeline is loaded:\n{plan.describe()}")
     record_rewards(run.path, reward, heldout, processes, progress)
     return Session(
         run=run,

@@ -67,6 +67,21 @@ def test_a_run_leaves_everything_a_user_looks_for(model: Path, tmp_path: Path) -
     assert load_config(run / "config.yaml") == load_config(tmp_path / "tiny.yaml")
 
 
+@pytest.mark.parametrize(
+    ("path", "noisy"), [("shapes", 2), (None, 3)], ids=["last step without noise", "noise at every step"]
+)
+def test_the_plan_is_shown_again_where_the_loaded_pipeline_has_fewer_stochastic_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture, path: str | None, noisy: int
+) -> None:
+    sampler = SamplerConfig(num_steps=3, guidance_scale=1.0)
+    policy = Policy.from_pretrained(path, sampler=sampler, adapter=LoraConfig(rank=2)) if path else tiny_policy()
+    assert len(policy.schedule.stochastic_steps) == noisy
+    train(policy, reward="brightness", prompts=["a red circle"], config=small(run=RunConfig(output_dir=str(tmp_path))))
+    printed = capsys.readouterr().err
+    assert ("training      2 of 2 stochastic steps per image" in printed) == (noisy == 2)
+    assert ("now that the pipeline is loaded" in printed) == (noisy == 2)
+
+
 def test_resume_is_bit_exact_in_weights_and_every_logged_number(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     whole = start(config, "--run.name", "whole")

@@ -5,11 +5,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ddpo.kl import FixedKL
+from ddpo.kl import AdaptiveKL, FixedKL
+from ddpo.lagrangian import Constraint
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
-from trainers.config import BatchConfig, Config, DistributedConfig
-from trainers.plan import PlanError, chunks, make_plan, split_evenly
+from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig
+from trainers.config_io import load_config
+from trainers.plan import PlanError, chunks, expected_plan, make_plan, split_evenly
 
 
 def a_config(
@@ -178,3 +180,46 @@ def test_the_description_reads_as_a_table():
         "denoiser rows 9,440 per epoch = 5,440 sampling + 2,720 training + 1,280 reference",
         "run           3 epochs, 6 optimizer steps, 816 images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weighs"),
+    [
+        ({}, False),
+        ({"kl": FixedKL(alpha=0.1)}, True),
+        ({"kl": AdaptiveKL(target=1.0)}, True),
+        ({"constraints": (Constraint(reward="kl", at_most=1.0),)}, True),
+        ({"constraints": (Constraint(reward="brightness", at_most=1.0),)}, False),
+    ],
+)
+def test_a_bound_on_the_kl_is_a_weight_of_it(changes, weighs):
+    config = dataclasses.replace(a_config(samples=160, steps=10), **changes)
+    plan = make_plan(config, num_processes=1, num_stochastic=9)
+    assert config.weighs_kl is weighs
+    assert plan.reference_rows == (2 * 160 * 9 + plan.training_rows if weighs else 2 * 2 * 16 * 9)
+
+
+def test_guidance_doubles_no_rows_where_it_is_an_input_of_distilled_weights():
+    """192 images of 16 steps on FLUX.1-dev are 3,072 rows; on SD 3.5, whose guidance has two branches, 6,144."""
+    flux = load_config("flux_hps")
+    plan = expected_plan(flux, num_processes=8)
+    assert plan.sampling_rows == 3_072 and plan.branches == 1
+    assert "up to" not in plan.describe()
+    known = dataclasses.replace(flux, model=ModelConfig(path="stabilityai/stable-diffusion-3.5-medium"))
+    plan = expected_plan(known, num_processes=8)
+    assert plan.sampling_rows == 6_144
+    assert "up to" not in plan.describe()
+
+
+def test_what_only_the_loaded_pipeline_will_tell_is_called_an_upper_bound(tmp_path):
+    flux = load_config("flux_hps")
+    elsewhere = dataclasses.replace(flux, model=ModelConfig(path="someone/something"))
+    text = expected_plan(elsewhere, num_processes=8).describe()
+    assert "denoiser rows up to " in text
+    assert "training      9 of 15 stochastic steps" in text, "all but the last step of a flow have noise"
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    local = dataclasses.replace(flux, model=ModelConfig(path=str(tmp_path)))
+    assert expected_plan(local, num_processes=8) == expected_plan(flux, num_processes=8)
+    text = expected_plan(a_config(steps=10), num_processes=1).describe()
+    assert "training      up to 10 of 10 stochastic steps" in text
+    assert "denoiser rows up to " in text
