@@ -8,6 +8,7 @@ the algorithm are declared beside it: `ddpo.lora`, `ddpo.samplers`, `ddpo.object
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Tag
@@ -223,6 +224,9 @@ class EvaluationConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        never = self.stop_on_overoptimisation and self.every_epochs == 0
+        cure = "at least 1 with stop_on_overoptimisation (it compares the evaluations of a run)"
+        check(not never, "every_epochs", self.every_epochs, cure)
         blind = self.stop_on_overoptimisation and self.overoptimisation_threshold == 0
         cure = "positive with stop_on_overoptimisation (0 never warns, so it would never stop)"
         check(not blind, "overoptimisation_threshold", self.overoptimisation_threshold, cure)
@@ -313,6 +317,11 @@ class RunConfig:
         plain = self.name is None or (bool(self.name.strip()) and "/" not in self.name and self.name not in (".", ".."))
         check(plain, "name", self.name, "a folder name without '/', or null")
         check(bool(self.output_dir.strip()), "output_dir", self.output_dir, "a folder")
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`, with `~` for the home folder."""
+        return Path(self.output_dir).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)

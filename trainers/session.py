@@ -12,7 +12,7 @@ from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
 from trainers.overoptimisation import discard_evaluations
 from trainers.plan import BatchPlan, expected_plan, make_plan
-from trainers.policies import load_policy
+from trainers.policies import count_decisions, load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream, load_prompts
@@ -62,7 +62,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
     """
     if stem is None:
         stem = config.rewards[0].name.replace(":", "-").replace("/", "-") if config.rewards else "run"
-    made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
+    made = RunFolder.create(config.run.folder, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
     return made or RunFolder(path=Path(path))
@@ -110,11 +110,10 @@ def make_session(
         run: The run folder.
         first_step: First epoch that trackers will see.
     """
-    num_stochastic = len(policy.schedule.stochastic_steps)
-    if num_stochastic == 0:
+    num_stochastic = count_decisions(policy)
+    if heldout is None and config.evaluation.stop_on_overoptimisation:
         raise ValueError(
-            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
-            "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
+            "evaluation.stop_on_overoptimisation needs held-out rewards, which show over-optimisation; got none"
         )
     everything = [*prompts, *evaluated]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])

@@ -126,6 +126,11 @@ def test_sd15_configs_hold_ddpos_published_numbers():
             "x.yaml: tracking.trackers.0: must be trackio, wandb or tensorboard, got 'mlflow'",
         ),
         (
+            "evaluation: {stop_on_overoptimisation: true, every_epochs: 0}",
+            "x.yaml: evaluation.every_epochs: must be at least 1 with stop_on_overoptimisation (it compares the "
+            "evaluations of a run), got 0",
+        ),
+        (
             "evaluation: {stop_on_overoptimisation: true, overoptimisation_threshold: 0}",
             "x.yaml: evaluation.overoptimisation_threshold: must be positive with stop_on_overoptimisation (0 never "
             "warns, so it would never stop), got 0.0",

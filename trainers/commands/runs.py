@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainers.commands.arguments import command, positive
 from trainers.launch import is_main_process
+from trainers.outputs import check_folder
 
 
 def add_run_commands(commands: argparse._SubParsersAction) -> None:
@@ -76,12 +77,13 @@ def _add_pareto(commands: argparse._SubParsersAction) -> None:
 
 def _add_dashboard(commands: argparse._SubParsersAction) -> None:
     parser = command(commands, "dashboard", _dashboard, "open the local page with all runs")
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: the newest project)")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: all projects of ./runs)")
     parser.add_argument("--port", type=int, help="port of the page (default: a free one)")
     parser.add_argument("--no-browser", dest="open_browser", action="store_false", help="print the address only")
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
+    _check_output(options)
     from trainers.finished import sample_run
 
     picture = sample_run(
@@ -98,11 +100,18 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    _check_output(options)
     from trainers.finished import evaluate_run
 
     folder = evaluate_run(options.run, checkpoint=options.checkpoint, output=options.output)
     if is_main_process():
         print(folder)
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Finds what cannot be written before pictures are made."""
+    if options.output is not None:
+        check_folder("--output", options.output)
 
 
 def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
