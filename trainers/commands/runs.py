@@ -60,7 +60,8 @@ Reads the evaluations of finished or running runs. More is better in every measu
   ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
   ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
 
-With --sweep, any --key value of a configuration goes to every run; runs that are finished already are kept.
+With --sweep, any --key value of a configuration goes to every run. Runs that are finished already are kept, others go
+on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves the run at work.
 """
 
 
@@ -115,10 +116,11 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
-    from trainers.pareto import report, sweep
+    from trainers.pareto import check_picture, report, sweep
 
     if (options.sweep is None) != (options.weights is None):
         raise ValueError("--sweep CONFIG and --weights NAME=0,1,5 go together")
+    check_picture(options.out)
     swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
     print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
 
