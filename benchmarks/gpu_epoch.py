@@ -29,7 +29,7 @@ from trainers.estimate.blueprint import read_blueprint
 from trainers.estimate.cards import GIB
 from trainers.estimate.memory import Estimate, estimate
 from trainers.metrics import Stopwatch
-from trainers.plan import make_plan
+from trainers.plan import expected_plan, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -97,7 +97,8 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
     """Seconds of each phase of the fastest epoch after a warm-up, peak bytes of tensors, and the device's name."""
     processes, progress = Processes(device=config.model.device), Progress(enabled=False)
     policy = load_policy(config, str(processes.device))
-    plan = make_plan(config, num_processes=1, num_stochastic=len(policy.schedule.stochastic_steps))
+    num_stochastic = len(policy.schedule.stochastic_steps)
+    plan = make_plan(config, num_processes=1, num_stochastic=num_stochastic, branches=policy.rule.branches)
     reward = WeightedSum(config.rewards, device=policy.device)
     state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
     objective, cuda = policy_gradient(config.objective), policy.device.type == "cuda"
@@ -163,7 +164,7 @@ def main() -> int:
         if not options.tiny:
             save_random_pipeline(folder)
         config = configure(options, folder)
-        planned = estimate(config, read_blueprint(config.model.path))
+        planned = estimate(config, read_blueprint(config.model.path), expected_plan(config, num_processes=1))
         seconds, peak, device = measure(config, options.rounds)
     report(config, planned, seconds, peak, device, options.tflops)
     return 0

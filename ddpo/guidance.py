@@ -7,6 +7,7 @@ one that reproduces it exactly is kept (`find_rule`). A pipeline with a combinat
 B is the batch, `latent` the latent shape; p is the conditional output, n the unconditional one, w the scale.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,11 @@ class GuidanceRule:
     name: str
     layout: Layout
     combine: Combine
+
+    @property
+    def branches(self) -> int:
+        """Denoiser rows of a latent: 2 where both branches are computed."""
+        return math.prod(SHAPES[self.layout])
 
 
 def no_guidance(negative: Tensor | None, positive: Tensor, scale: float) -> Tensor:

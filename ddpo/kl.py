@@ -29,7 +29,7 @@ class FixedKL:
     alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.alpha >= 0, "alpha", self.alpha, "at least 0")
+        check(0 <= self.alpha < math.inf, "alpha", self.alpha, "at least 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class AdaptiveKL:
     def __post_init__(self) -> None:
         check(self.target > 0, "target", self.target, "positive (nats)")
         check(self.rate > 0, "rate", self.rate, "positive")
+        for name in ("target", "rate", "max_alpha"):
+            check(getattr(self, name) < math.inf, name, getattr(self, name), "finite")
         check(0 < self.min_alpha <= self.max_alpha, "min_alpha", self.min_alpha, "positive and at most max_alpha")
         check(self.min_alpha <= self.alpha <= self.max_alpha, "alpha", self.alpha, "within [min_alpha, max_alpha]")
 

@@ -34,7 +34,7 @@ def load_pipeline(
     Raises:
         FileNotFoundError: Neither a pipeline folder nor a hub model that can be reached.
     """
-    folder = SHAPES if str(path) == "shapes" else Path(path)
+    folder = SHAPES if str(path) == "shapes" else Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(

@@ -162,7 +162,7 @@ def _resume(options: argparse.Namespace, overrides: list[str]) -> None:
         wanted = load_config(options.config, overrides)
         overrides = resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)
     config = load_resumed(saved_file, overrides)
-    plan = preflight(config, num_processes=num_processes())
+    plan = preflight(config, num_processes=num_processes(), resumed=options.resume)
     if is_main_process():
         print(plan.describe(), flush=True)
     from trainers.loop import resume
@@ -175,12 +175,12 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from trainers.preflight import preflight
 
     config = load_config(options.config, overrides)
-    plan = preflight(config, num_processes=options.num_processes, with_prompts=False)
+    plan = preflight(config, num_processes=options.num_processes, here=False)
     if not options.json:
         print(plan.describe(), flush=True)
     from trainers.estimate.command import describe
 
-    print(describe(config, plan, options.num_processes, utilisation=options.utilisation, as_json=options.json))
+    print(describe(config, plan, utilisation=options.utilisation, as_json=options.json))
 
 
 def _print_run(run: Path) -> None:

@@ -6,7 +6,9 @@ the algorithm are declared beside it: `ddpo.lora`, `ddpo.samplers`, `ddpo.object
 `one_of`.
 """
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Tag
@@ -158,6 +160,9 @@ class OptimizerConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("weight_decay", "warmup_updates"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("learning_rate", "epsilon", "weight_decay"):
+            value = getattr(self, name)
+            check(value is None or value < math.inf, name, value, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +203,7 @@ class EvaluationConfig:
         overoptimisation_threshold: Warn when a held-out reward lies this many standard errors below its best
             evaluation while the training reward lies as many above (paired differences per image); 0 never warns.
         stop_on_overoptimisation: Stop after `overoptimisation_patience` such evaluations in a row and export the
-            weights of the best evaluation instead of the last.
+            weights of the best evaluation instead of the last; needs held-out rewards.
         overoptimisation_patience: Evaluations in a row before stopping.
     """
 
@@ -220,6 +225,12 @@ class EvaluationConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        never = self.stop_on_overoptimisation and self.every_epochs == 0
+        cure = "at least 1 with stop_on_overoptimisation (it compares the evaluations of a run)"
+        check(not never, "every_epochs", self.every_epochs, cure)
+        blind = self.stop_on_overoptimisation and self.overoptimisation_threshold == 0
+        cure = "positive with stop_on_overoptimisation (0 never warns, so it would never stop)"
+        check(not blind, "overoptimisation_threshold", self.overoptimisation_threshold, cure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +252,7 @@ class ShapingConfig:
         steps = list(self.steps)
         rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
         check(rising and all(k >= 0 for k in steps), "steps", steps, "rising numbers from 0")
-        check(self.strength > 0, "strength", self.strength, "positive")
+        check(0 < self.strength < math.inf, "strength", self.strength, "positive and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +318,11 @@ class RunConfig:
         plain = self.name is None or (bool(self.name.strip()) and "/" not in self.name and self.name not in (".", ".."))
         check(plain, "name", self.name, "a folder name without '/', or null")
         check(bool(self.output_dir.strip()), "output_dir", self.output_dir, "a folder")
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir`, with `~` for the home folder."""
+        return Path(self.output_dir).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,6 +457,12 @@ class Config:
         check(not (is_gdpo and extra), "advantages.combination", self.advantages.combination, cure)
         twice = isinstance(self.kl, AdaptiveKL) and KL_NAME in [constraint.reward for constraint in self.constraints]
         check(not twice, "kl.kind", self.kl.kind, f"fixed with a constraint on {KL_NAME}")
+
+    @property
+    def weighs_kl(self) -> bool:
+        """Whether the KL to the pretrained pipeline has a weight: a penalty, or the multiplier of a bound on it."""
+        bounded = any(constraint.reward == KL_NAME for constraint in self.constraints)
+        return bounded or isinstance(self.kl, AdaptiveKL) or self.kl.alpha > 0
 
     @property
     def evaluation_sampler(self) -> SamplerConfig:

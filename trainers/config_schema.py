@@ -91,14 +91,14 @@ def hint_at(key: str, data: object) -> Hint:
         if choices := kinds_of(hint):
             kind = data.get("kind") if isinstance(data, dict) else None
             hint = choices.get(str(kind), next(iter(choices.values())))
-        hint = element_of(plain(hint)) if part.isdigit() else fields_of(plain(hint)).get(part, object)
+        hint = element_of(plain(hint)) if part.isdecimal() else fields_of(plain(hint)).get(part, object)
         data = _entry(data, part)
     return hint
 
 
 def _entry(data: object, part: str) -> object:
     if isinstance(data, list):
-        return data[int(part)] if part.isdigit() and int(part) < len(data) else None
+        return data[int(part)] if part.isdecimal() and int(part) < len(data) else None
     return data.get(part) if isinstance(data, dict) else None
 
 

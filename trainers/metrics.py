@@ -56,10 +56,14 @@ class StepMeans:
         table = processes.sum(torch.stack([self._count, *(self._sums[name] for name in names)])).cpu()
         return {name: total / table[0] for name, total in zip(names, table[1:], strict=True)}
 
+    def seen(self, processes: Processes) -> Tensor:
+        """Which steps any process took in, (T,) bool on the CPU."""
+        return processes.sum(self._count).cpu() > 0
+
     def overall(self, means: Mapping[str, Tensor], processes: Processes) -> dict[str, float]:
-        """Means over all transitions, from the per-step means that `reduce` returned."""
+        """Means over all transitions, from the per-step means that `reduce` returned; NaN if one at a step seen is."""
         count = processes.sum(self._count).cpu()
-        return {name: float((value.nan_to_num() * count).sum() / count.sum()) for name, value in means.items()}
+        return {name: float((value * count)[count > 0].sum() / count.sum()) for name, value in means.items()}
 
 
 def memory_gib(device: torch.device) -> float:

@@ -103,14 +103,14 @@ def _written(place: object, parts: Sequence[str], value: object, key: str) -> ob
     if not parts:
         return value
     part, *rest = parts
-    if isinstance(place, list) or (part.isdigit() and not isinstance(place, dict)):
+    if isinstance(place, list) or (part.isdecimal() and not isinstance(place, dict)):
         return _entered(place if isinstance(place, list) else [], part, rest, value, key)
     keys = place if isinstance(place, dict) else {}
     return {**keys, part: _written(keys.get(part), rest, value, key)}
 
 
 def _entered(entries: list, part: str, rest: Sequence[str], value: object, key: str) -> list:
-    if not part.isdigit() or int(part) > len(entries):
+    if not part.isdecimal() or int(part) > len(entries):
         count = f"{len(entries)} given, numbered from 0" if entries else "none given"
         raise ConfigError(f"{SOURCE}: {key}: there is no entry {part} in the list ({count})")
     index = int(part)

@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rewards.cli import table
-from trainers.checkpoint import latest_checkpoint
+from trainers.checkpoint import checkpoint_epoch, latest_checkpoint
 from trainers.config import Config
-from trainers.config_io import load_config
+from trainers.config_io import load_config, resume_overrides
 from trainers.evaluation import KL, Measure
+from trainers.outputs import check_file, check_folder
 from trainers.overoptimisation import evaluation_epochs, read_values
 from trainers.run import RunError, RunFolder
 
+PICTURES = (".png", ".pdf", ".svg")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
@@ -119,7 +122,7 @@ def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> 
         runs: Run folders.
         x: Measure of the horizontal axis; None takes the first run's first reward.
         y: Of the vertical axis; None takes its second reward, or its first held-out one.
-        out: Picture to write, `.png`, `.pdf` or `.svg`.
+        out: Picture to write; see `check_picture`.
 
     Returns:
         A table for people.
@@ -149,28 +152,25 @@ def report(runs: Sequence[Path], *, x: str | None, y: str | None, out: Path) -> 
     return f"{table(['run', 'epoch', x, y, ''], rows)}\n{_comparability(courses)}\n{where}"
 
 
+def check_picture(out: Path) -> None:
+    """Refuses a picture that cannot be written, or is no `.png`, `.pdf` or `.svg`.
+
+    Raises:
+        ValueError: So.
+    """
+    if out.suffix not in PICTURES:
+        raise ValueError(f"--out must end in {', '.join(PICTURES)}, got {out}")
+    check_folder("--out", out.parent)
+    for file in (out, out.with_suffix(".json")) if out.parent.is_dir() else ():
+        check_file("--out", file)
+
+
 def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
     """The runs' paths from the pretrained model to their last evaluations, and the front of these as a staircase."""
     figure = Figure(figsize=(7, 4.8), dpi=130, layout="constrained")
     axes = figure.subplots()
     for index, course in enumerate(courses):
-        colour = COLOURS[index % len(COLOURS)]
-        along, up = [point.x.mean for point in course.points], [point.y.mean for point in course.points]
-        axes.plot(along, up, "-", color=colour, linewidth=1, alpha=0.6)
-        axes.plot(along[1:-1], up[1:-1], "o", color=colour, markersize=3, alpha=0.6)
-        last = course.points[-1]
-        axes.errorbar(
-            last.x.mean,
-            last.y.mean,
-            xerr=last.x.error,
-            yerr=last.y.error,
-            fmt="s",
-            color=colour,
-            markersize=5,
-            elinewidth=1,
-            capsize=2,
-            label=course.run,
-        )
+        draw_course(axes, course, colour=COLOURS[index % len(COLOURS)], label=course.run)
     _, points, front = compare(courses, x, y)
     start = points[0]
     axes.plot(start.x.mean, start.y.mean, "*", color="black", markersize=11, label="pretrained", zorder=5)
@@ -178,14 +178,33 @@ def draw(courses: Sequence[Course], x: str, y: str) -> Figure:
     where = "post" if x == KL else "pre"
     axes.step([a for a, _ in best], [b for _, b in best], where=where, color="black", linewidth=0.8, linestyle=":",
               label="front", zorder=1)  # fmt: skip
-    axes.set(xlabel=_axis(x), ylabel=_axis(y))
-    axes.spines[["top", "right"]].set_visible(False)
+    label_axes(axes, x, y)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
+def draw_course(axes: Axes, course: Course, *, colour: str, label: str) -> None:
+    """A run's path from its first evaluation to its last one, which has its standard errors."""
+    along, up = [point.x.mean for point in course.points], [point.y.mean for point in course.points]
+    axes.plot(along, up, "-", color=colour, linewidth=1, alpha=0.6)
+    axes.plot(along[1:-1], up[1:-1], "o", color=colour, markersize=3, alpha=0.6)
+    last = course.points[-1]
+    axes.errorbar(
+        last.x.mean, last.y.mean, xerr=last.x.error, yerr=last.y.error, fmt="s", color=colour, markersize=5,
+        elinewidth=1, capsize=2, label=label,
+    )  # fmt: skip
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """The measures' names, and which way is better."""
+    axes.set(xlabel=_axis(x), ylabel=_axis(y))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
-    """Trains a configuration once for each weight of a reward, one run after the other; finished ones are kept.
+    """Trains a configuration once for each weight of a reward, one run after the other.
+
+    Runs that are finished are kept, others continued: `train --resume` with what the configuration has changed.
 
     Args:
         config: A configuration file or shipped name.
@@ -196,7 +215,9 @@ def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
         The run folders.
 
     Raises:
+        ConfigError: A run that exists has another configuration, in keys that may not change; before any training.
         ValueError: There is no such reward, no weights, or a run failed.
+        KeyboardInterrupt: On Ctrl-C, once the run at work has saved its last whole epoch.
     """
     loaded = load_config(config, overrides)
     name, _, text = weights.partition("=")
@@ -205,23 +226,54 @@ def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
         known = ", ".join(term.shown for term in loaded.rewards)
         raise ValueError(f"--weights {weights}: the configuration has no reward {name!r}; it has {known}")
     try:
-        values = [float(value) for value in text.split(",")]
+        values = list(dict.fromkeys(float(value) for value in text.split(",")))
     except ValueError as error:
         raise ValueError(f"--weights must be written NAME=0,1,5, got {weights!r}") from error
-    runs = []
+    runs, launches = [], []
     for value in values:
-        run = Path(loaded.run.output_dir) / f"{Path(config).stem}-{_reported(name)}-{value:g}"
-        if not (run / "summary.json").is_file():
-            weight = ("--run.name", run.name, f"--rewards.{places[0]}.weight", f"{value:g}")
-            begun = latest_checkpoint(run) is not None
-            _launch(["--resume", str(run)] if begun else [config, *overrides, *weight], run.name)
+        run = loaded.run.folder / f"{Path(config).stem}-{_reported(name)}-{value:g}"
+        own = [*overrides, "--run.name", run.name, f"--rewards.{places[0]}.weight", f"{value:g}"]
+        if not (run / "config.yaml").is_file():
+            launches.append((run, [config, *own]))
+        elif (changes := _changes(run, load_config(config, own))) is not None:
+            launches.append((run, ["--resume", str(run), *changes]))
         runs.append(run)
+    for run, arguments in launches:
+        _launch(arguments, run.name)
     return runs
+
+
+def _changes(run: Path, wanted: Config) -> list[str] | None:
+    """What a run that was begun is to be resumed with; None if it is finished.
+
+    Raises:
+        ConfigError: It was begun with another configuration.
+        ValueError: It has trained for more epochs than are wanted.
+    """
+    saved_file = run / "config.yaml"
+    changes = resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)
+    newest = latest_checkpoint(run)
+    done = 0 if newest is None else checkpoint_epoch(newest)
+    if done > wanted.epochs:
+        raise ValueError(f"{run} has trained for {done} epochs, not {wanted.epochs}; choose another --run.output_dir")
+    longer = any(change.startswith(("--epochs=", "--max_minutes=")) for change in changes)
+    return None if _has_ended(run, newest) and (done == wanted.epochs or not longer) else changes
+
+
+def _has_ended(run: Path, newest: Path | None) -> bool:
+    """Whether a run came to its end after it was last resumed: its summary is newer than all that it sums up."""
+    summary, earlier = run / "summary.json", (run / "config.yaml", *([] if newest is None else [newest]))
+    return summary.is_file() and all(summary.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in earlier)
 
 
 def _launch(arguments: Sequence[str], name: str) -> None:
     """Trains in a process of its own, so that a run's memory and random state end with it."""
-    status = subprocess.run([sys.executable, "-m", "trainers", "train", *arguments], check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "trainers", "train", *arguments])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the terminal told the run too; it ends by itself, or at once with a second Ctrl-C
+        process.wait()
+        raise
     if status != 0:
         raise ValueError(f"the run {name} ended with status {status}; the same command goes on with it once mended")
 

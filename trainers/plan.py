@@ -14,11 +14,11 @@ once: then no batch may be empty. A denoiser row is one latent through the netwo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ddpo.kl import FixedKL
-from ddpo.lagrangian import KL_NAME
+from ddpo.samplers import FLOW_ONLY, SamplerConfig
 from trainers.config import Config
+from trainers.estimate.architectures import stacks_guidance
 
 KL_SAMPLES = 16  # per process, on which the KL is measured when it has no weight
 
@@ -42,6 +42,7 @@ class BatchPlan:
         sample_batches: Images of each denoiser batch while sampling, in this process.
         num_steps: Denoising steps of a sample.
         num_stochastic: Those with noise: the policy's decisions.
+        branches: Denoiser rows of a latent with guidance, 1 or 2.
         steps_per_sample: Steps trained per sample and inner epoch.
         shares: Steps of every sample that each update takes.
         train_batch_size: Largest number of transitions per micro-batch.
@@ -55,6 +56,8 @@ class BatchPlan:
         training_rows: Denoiser rows with backward pass per epoch, over all processes.
         reference_rows: Rows for the KL per epoch, over all processes: of the pretrained denoiser at every sampled step
             and trained transition when the KL has a weight, of both denoisers on a few samples when it has none.
+        steps_known: Whether the stochastic steps, and what follows from their number, are exact; else upper bounds.
+        rows_known: Whether the rows are exact; else upper bounds.
     """
 
     num_processes: int
@@ -67,6 +70,7 @@ class BatchPlan:
     sample_batches: tuple[int, ...]
     num_steps: int
     num_stochastic: int
+    branches: int
     steps_per_sample: int
     shares: tuple[int, ...]
     train_batch_size: int
@@ -79,6 +83,8 @@ class BatchPlan:
     sampling_rows: int
     training_rows: int
     reference_rows: int
+    steps_known: bool = True
+    rows_known: bool = True
 
     @property
     def micro_batches_per_update(self) -> tuple[int, ...]:
@@ -101,13 +107,14 @@ class BatchPlan:
         uneven = self.images_per_epoch % self.num_processes != 0
         rest = "; some have an image less" if uneven else "" if self.whole_groups else "; groups lie on two processes"
         shares = _runs(self.shares)
+        steps_bound, rows_bound = ("" if known else "up to " for known in (self.steps_known, self.rows_known))
         rows = [
             ("processes", f"{self.num_processes}{rest}"),
             ("epoch", f"{self.images_per_epoch:,} images = {self.groups_per_epoch:,} prompts x {self.group_size}"),
             ("sampling", f"{self.num_steps} steps; batches{each}: {_runs(self.sample_batches)} images"),
             (
                 "training",
-                f"{self.steps_per_sample} of {self.num_stochastic} stochastic steps per image; "
+                f"{steps_bound}{self.steps_per_sample} of {self.num_stochastic} stochastic steps per image; "
                 f"{_count(self.updates_per_epoch, 'update')} x {_count(self.inner_epochs, 'inner epoch')}, "
                 f"steps an update: {shares}",
             ),
@@ -115,7 +122,7 @@ class BatchPlan:
             ("", f"in {_runs(self.micro_batches_per_update)} micro-batches of {self.train_batch_size}{each}"),
             (
                 "denoiser rows",
-                f"{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
+                f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
                 f" + {self.training_rows:,} training + {self.reference_rows:,} reference",
             ),
             (
@@ -127,15 +134,44 @@ class BatchPlan:
         return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
-def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: int | None = None) -> BatchPlan:
+def expected_plan(config: Config, *, num_processes: int, rank: int | None = None) -> BatchPlan:
+    """The plan before the pipeline is loaded; where only that will tell, it has upper bounds and says so.
+
+    Raises:
+        PlanError: As of `make_plan`.
+    """
+    stacked = stacks_guidance(config.model.path)
+    guided = config.sampler.guidance_scale > 1
+    plan = make_plan(
+        config,
+        num_processes=num_processes,
+        num_stochastic=config.sampler.max_stochastic_steps,
+        branches=2 if guided and stacked is not False else 1,
+        rank=rank,
+    )
+    steps_known = _has_certain_steps(config.sampler)
+    return replace(plan, steps_known=steps_known, rows_known=steps_known and not (guided and stacked is None))
+
+
+def _has_certain_steps(sampler: SamplerConfig) -> bool:
+    """Whether `max_stochastic_steps` is exact: whether a model's last DDIM step has noise shows in its schedule."""
+    steps = range(sampler.num_steps)
+    last_counts = steps[-1] in sampler.stochastic_steps.candidates(steps, len(steps))
+    return sampler.kind in FLOW_ONLY or sampler.stochastic_steps.kind != "all" or not last_counts
+
+
+def make_plan(
+    config: Config, *, num_processes: int, num_stochastic: int, branches: int | None = None, rank: int | None = None
+) -> BatchPlan:
     """Plans an epoch.
 
     Args:
         config: The run.
         num_processes: Processes that share each epoch.
+        num_stochastic: Steps with noise, the same number in every epoch, known once the schedule is.
+        branches: Denoiser rows of a latent with guidance (`GuidanceRule.branches`); None takes 2 where the guidance
+            scale is above 1.
         rank: The process to plan for; None takes one with the most samples.
-        num_stochastic: Steps with noise, the same number in every epoch, known once the schedule is; before,
-            `config.sampler.max_stochastic_steps` is an upper bound (DDIM's last step may have none).
 
     Raises:
         PlanError: a number does not divide; the message names the nearest possible values.
@@ -155,9 +191,11 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: 
         )
     shares = split_evenly(steps, updates)
     sharded = num_processes > 1 and config.distributed.strategy != "ddp"
-    guided = 2 if config.sampler.guidance_scale > 1 else 1
-    sampled, trained = batch.samples_per_epoch, batch.samples_per_epoch * steps * objective.inner_epochs
-    training_rows = trained * (guided if objective.train_guidance == "same" else 1)
+    if branches is None:
+        branches = 2 if config.sampler.guidance_scale > 1 else 1
+    trained_branches = branches if objective.train_guidance == "same" else 1
+    training_rows = batch.samples_per_epoch * steps * objective.inner_epochs * trained_branches
+    states = config.sampler.num_steps + len(config.shaping.steps)
     return BatchPlan(
         num_processes=num_processes,
         rank=rank,
@@ -169,6 +207,7 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: 
         sample_batches=in_step(samples, batch.sample_batch_size, most=most, sharded=sharded),
         num_steps=config.sampler.num_steps,
         num_stochastic=num_stochastic,
+        branches=branches,
         steps_per_sample=steps,
         shares=shares,
         train_batch_size=batch.train_batch_size,
@@ -180,9 +219,9 @@ def make_plan(config: Config, *, num_processes: int, num_stochastic: int, rank: 
         inner_epochs=objective.inner_epochs,
         optimizer_steps_per_epoch=updates * objective.inner_epochs,
         optimizer_steps_total=updates * objective.inner_epochs * config.epochs,
-        sampling_rows=sampled * (config.sampler.num_steps + len(config.shaping.steps)) * guided,
+        sampling_rows=batch.samples_per_epoch * states * branches,
         training_rows=training_rows,
-        reference_rows=_reference_rows(config, most, num_processes, num_stochastic, training_rows),
+        reference_rows=_reference_rows(config, most, num_processes, num_stochastic * trained_branches, training_rows),
     )
 
 
@@ -204,13 +243,11 @@ def check_whole_groups(plan: BatchPlan) -> None:
     )
 
 
-def _reference_rows(config: Config, samples: int, num_processes: int, num_stochastic: int, training_rows: int) -> int:
-    """With a KL weight every sampled step and trained transition; without, a few samples, twice, to report it."""
-    guided = 2 if config.sampler.guidance_scale > 1 and config.objective.train_guidance == "same" else 1
-    bounded = any(constraint.reward == KL_NAME for constraint in config.constraints)
-    if isinstance(config.kl, FixedKL) and config.kl.alpha == 0 and not bounded:
-        return 2 * min(KL_SAMPLES, samples) * num_processes * num_stochastic * guided
-    return config.batch.samples_per_epoch * num_stochastic * guided + training_rows
+def _reference_rows(config: Config, samples: int, num_processes: int, rows: int, training_rows: int) -> int:
+    """With a KL weight the `rows` of every sample and of training; without, a few samples', twice, to report it."""
+    if config.weighs_kl:
+        return config.batch.samples_per_epoch * rows + training_rows
+    return 2 * min(KL_SAMPLES, samples) * num_processes * rows
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:

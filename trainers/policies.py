@@ -1,4 +1,4 @@
-"""Builds the policy that a configuration describes."""
+"""Builds the policy that a configuration describes, and counts its decisions."""
 
 from ddpo import Policy
 from trainers.config import Config
@@ -24,3 +24,19 @@ def load_policy(config: Config, device: str) -> Policy:
     if config.model.compile:
         policy.compile((config.batch.sample_batch_size, config.batch.train_batch_size))
     return policy
+
+
+def count_decisions(policy: Policy) -> int:
+    """The policy's stochastic steps per image.
+
+    Raises:
+        ValueError: There are none.
+    """
+    sampler, count = policy.sampler, len(policy.schedule.stochastic_steps)
+    if count == 0:
+        raise ValueError(
+            f"the sampler (kind {sampler.kind!r}, eta {sampler.eta:g}, num_steps {sampler.num_steps}) has no "
+            "stochastic step, so there is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow "
+            "models: flow_sde, dance_sde, cps), and more steps"
+        )
+    return count

@@ -1,7 +1,6 @@
 """Everything that can be found wrong before weights load: missing rewards, prompts, folders and packages, the plan."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -13,32 +12,40 @@ from rewards.requirements import check_requirements, reported_name
 from trainers.config import Config
 from trainers.config_errors import ConfigError
 from trainers.optimizers import check_optimizer
-from trainers.plan import BatchPlan, check_whole_groups, make_plan
+from trainers.outputs import check_folder
+from trainers.plan import BatchPlan, check_whole_groups, expected_plan
 from trainers.prompts import load_prompts
 
 
-def preflight(config: Config, *, num_processes: int, with_prompts: bool = True) -> BatchPlan:
-    """Checks what a run will need and plans it, with as many stochastic steps as the sampler can have.
+def preflight(config: Config, *, num_processes: int, here: bool = True, resumed: Path | None = None) -> BatchPlan:
+    """Checks what a run will need and plans it, as far as it can be planned before the pipeline is loaded.
 
     Args:
         config: The run.
         num_processes: Processes that will share it.
-        with_prompts: Whether to read the prompts too, which may be a dataset to download.
+        here: Whether it will run here and now: then its device must be there, and the prompts are read, which may be a
+            dataset to download.
+        resumed: The run folder that it continues; None for a new one in `run.output_dir`.
 
     Raises:
         ValueError: what is missing, where it was looked for, and the cure.
     """
     check_model(config)
+    check_device(config, here=here and num_processes == 1)  # several processes each have a device of their own
     check_optimizer(config)
     check_rewards(config)
+    check_heldout(config)
     check_reward_processes(config)
     check_trackers(config)
-    check_output(config)
-    if with_prompts:
+    if resumed is None:
+        check_folder("run.output_dir", config.run.folder)
+    else:
+        check_folder("--resume", resumed)
+    if here:
         load_prompts(config.prompts)
         if config.evaluation.prompts is not None:
             load_prompts(config.evaluation.prompts)
-    plan = make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.max_stochastic_steps)
+    plan = expected_plan(config, num_processes=num_processes)
     if any(find(term.name).groupwise for term in config.terms):  # others only know it once they are made
         check_whole_groups(plan)
     return plan
@@ -52,6 +59,35 @@ def check_model(config: Config) -> None:
         raise ConfigError(f"model.path: {path} is a folder without model_index.json, so no diffusers pipeline")
     if looks_local and not path.is_dir():
         raise ConfigError(f"model.path: there is no folder {path} (looked for {path.absolute()})")
+
+
+def check_device(config: Config, *, here: bool) -> None:
+    """Refuses a device that is none, or if the run is to be `here`, one that this machine has not."""
+    if config.model.device is None:
+        return
+    device = _device("model.device", config.model.device)
+    if not here or device.type == "cpu":
+        return
+    own = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if own is not None and own.type == device.type else 0
+    if (device.index or 0) >= count:
+        has = ", ".join(f"{device.type}:{index}" for index in range(count)) or f"no {device.type} device"
+        raise ConfigError(f"model.device: there is no {config.model.device} here (this machine has {has}, and cpu)")
+
+
+def _device(key: str, name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {name!r} is no torch device like cuda:1 or cpu") from error
+
+
+def check_heldout(config: Config) -> None:
+    """Refuses to stop on over-optimisation where nothing is held out that could show it."""
+    if config.evaluation.stop_on_overoptimisation and not config.heldout_rewards:
+        raise ConfigError(
+            "evaluation.stop_on_overoptimisation: must be false without heldout_rewards, which show over-optimisation"
+        )
 
 
 def check_rewards(config: Config) -> None:
@@ -82,10 +118,7 @@ def _reported(term: RewardTerm) -> str:
 def check_reward_processes(config: Config) -> None:
     """Refuses devices that are none, processes without the packages they need, and two rewards of one name in them."""
     for device in config.reward_processes.devices:
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"reward_processes.devices: {device!r} is no torch device like cuda:1 or cpu") from error
+        _device("reward_processes.devices", device)
     for module in ("starlette", "uvicorn") if config.reward_processes.devices else ():
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"reward_processes.devices: {module} is not installed: pip install 'ddpo[serve]'")
@@ -106,13 +139,3 @@ def check_trackers(config: Config) -> None:
             raise ConfigError(
                 f"tracking.trackers: {name} is not installed: pip install 'ddpo[{name}]', or --tracking.trackers '[]'"
             )
-
-
-def check_output(config: Config) -> None:
-    """Refuses an output folder that cannot be made or written."""
-    folder = Path(config.run.output_dir).expanduser().absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"run.output_dir: cannot make {folder}: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.output_dir: cannot write to {existing}; choose another folder with --run.output_dir")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ddpo import Policy
@@ -11,8 +11,8 @@ from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoin
 from trainers.config import Config
 from trainers.evaluation import Evaluator, evaluation_prompts
 from trainers.overoptimisation import discard_evaluations
-from trainers.plan import BatchPlan, check_whole_groups, make_plan
-from trainers.policies import load_policy
+from trainers.plan import BatchPlan, check_whole_groups, expected_plan, make_plan
+from trainers.policies import count_decisions, load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt, PromptStream, load_prompts
@@ -62,7 +62,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
     """
     if stem is None:
         stem = config.rewards[0].shown.replace(":", "-").replace("/", "-") if config.rewards else "run"
-    made = RunFolder.create(config.run.output_dir, config.run.name, yaml, stem=stem) if processes.is_main else None
+    made = RunFolder.create(config.run.folder, config.run.name, yaml, stem=stem) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
     return made or RunFolder(path=Path(path))
@@ -110,15 +110,20 @@ def make_session(
         run: The run folder.
         first_step: First epoch that trackers will see.
     """
-    num_stochastic = len(policy.schedule.stochastic_steps)
-    if num_stochastic == 0:
+    num_stochastic = count_decisions(policy)
+    if heldout is None and config.evaluation.stop_on_overoptimisation:
         raise ValueError(
-            f"the sampler (kind {policy.sampler.kind!r}, eta {policy.sampler.eta:g}) has no stochastic step, so there "
-            "is no log-probability to train; use sampler.kind: ddim and eta > 0 (flow models: flow_sde, dance_sde, cps)"
+            "evaluation.stop_on_overoptimisation needs held-out rewards, which show over-optimisation; got none"
         )
     everything = [*prompts, *evaluated]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
-    plan = make_plan(config, num_processes=processes.count, num_stochastic=num_stochastic, rank=processes.rank)
+    plan = make_plan(
+        config,
+        num_processes=processes.count,
+        num_stochastic=num_stochastic,
+        branches=policy.rule.branches,
+        rank=processes.rank,
+    )
     if reward.groupwise:
         check_whole_groups(plan)
     evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
@@ -126,6 +131,9 @@ def make_session(
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
     progress = Progress(enabled=processes.is_main)
+    expected = expected_plan(config, num_processes=processes.count, rank=processes.rank)
+    if plan != replace(expected, steps_known=True, rows_known=True):
+        progress.line(f"the plan, now that the pipeline is loaded:\n{plan.describe()}")
     record_rewards(run.path, reward, heldout, processes, progress)
     return Session(
         run=run,

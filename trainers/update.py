@@ -40,7 +40,8 @@ class UpdateReport:
     Attributes:
         per_step: Means by name, (T,) each, NaN at steps that were not trained.
         overall: Means by name.
-        gate: mean |log-prob recomputed - sampled| of each step before the first update, (T,) nats.
+        gate: mean |log-prob recomputed - sampled| of each step before the first update, (T,) nats; NaN at steps that
+            this update did not train.
         grad_norm: Mean gradient norm before clipping; NaN if every update was skipped.
         learning_rate: Of the last update.
         skipped: Updates skipped for non-finite gradients.
@@ -93,7 +94,8 @@ def update(
                         means.add(batch.steps, loss.metrics)
                         first.add(batch.steps, {"gate": loss.metrics["log_ratio"].abs()})
             if gate is None:
-                gate = check_gate(first.reduce(processes)["gate"], experience, state.config.gate_tolerance_nats)
+                measured = first.reduce(processes)["gate"]
+                gate = check_gate(measured, first.seen(processes), experience, state.config.gate_tolerance_nats)
             sum_gradients(state.policy.trainable().values(), processes)
             norms += optimizer_step(state, plan)
     assert gate is not None
@@ -149,11 +151,12 @@ def micro_batches(
         start += size
 
 
-def check_gate(gate: Tensor, experience: Experience, tolerance: float) -> Tensor:
+def check_gate(gate: Tensor, seen: Tensor, experience: Experience, tolerance: float) -> Tensor:
     """Refuses to train when the recomputed log-probabilities are not those of sampling.
 
     Args:
         gate: mean |difference| of each step, (T,) nats, NaN at steps not seen.
+        seen: Which steps were measured, (T,) bool; a NaN there is a difference without bound.
         experience: The samples.
         tolerance: Nats per latent dimension.
 
@@ -161,10 +164,10 @@ def check_gate(gate: Tensor, experience: Experience, tolerance: float) -> Tensor
         `gate`.
 
     Raises:
-        GateError: A step is above the tolerance.
+        GateError: A step is above the tolerance, or NaN.
     """
     dims = experience.trajectory.latents[0, 0].numel()
-    worst = int(gate.nan_to_num(-1.0).argmax())
+    worst = int(gate.nan_to_num(math.inf).where(seen, -1.0).argmax())
     if not float(gate[worst]) <= tolerance * dims:
         raise GateError(
             "before the first update, the log-probabilities recomputed in training differ from those of sampling by "

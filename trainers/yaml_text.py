@@ -1,7 +1,8 @@
 """YAML as configuration files mean it: the core schema of YAML 1.2, duplicate keys refused.
 
 PyYAML's default reads `1e-4` as text, `off` as false, `010` as eight, dates as objects, and keeps the last of two equal
-keys in silence. Here `true` and `false` are the only booleans and every number format reads as a number.
+keys in silence. Here `true` and `false` are the only booleans, every number format reads as a number, keys are words,
+and tags of other types (`!!binary`, `!!set`) are refused.
 """
 
 import re
@@ -15,12 +16,20 @@ _FLOAT = re.compile(
 )
 
 
+_CORE = (None, *(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")))  # None: all others
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
+    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _CORE}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a word, not a list or a mapping", key_node.start_mark
+                )
             key = key_node.value
             if key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(

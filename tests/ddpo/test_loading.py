@@ -32,6 +32,13 @@ def test_a_saved_pipeline_loads_as_the_same_policy(saved):
     assert loaded.trainable(), "the default adapter is a LoRA"
 
 
+def test_a_tilde_is_the_home_folder(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert Policy.from_pretrained(f"~/{saved.name}", sampler=SAMPLER, device="cpu").trainable()
+    with pytest.raises(FileNotFoundError, match="'~/nothing' is neither a folder nor a hub id"):
+        Policy.from_pretrained("~/nothing", sampler=SAMPLER)
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no_such_folder", "no-such-name", "three/part/id"])
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path):
     with pytest.raises(FileNotFoundError, match=f"model.path '{path}' is neither a folder nor a hub id"):

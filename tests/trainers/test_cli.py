@@ -161,6 +161,11 @@ def test_help_imports_nothing_heavy():
         (["x.yaml", "--run.output_dir", "x.yaml/runs"], "run.output_dir: cannot make "),
         (["x.yaml", "--prompts.source", "nowhere.txt"], "nowhere.txt: no such prompt file"),
         (["x.yaml", "--evaluation.prompts.source", "no.jsonl"], "no.jsonl: no such prompt file"),
+        (["x.yaml", "--model.device", "gpu"], "model.device: 'gpu' is no torch device like cuda:1 or cpu"),
+        (
+            ["x.yaml", "--evaluation.stop_on_overoptimisation", "true"],
+            "evaluation.stop_on_overoptimisation: must be false without heldout_rewards",
+        ),
         (["--resume", "nowhere"], "nowhere: is no run folder (no config.yaml in it)"),
     ],
 )
@@ -170,8 +175,40 @@ def test_bad_input_to_train_is_one_line_and_status_2(config_file, calls, capsys,
 
 
 def test_an_unwritable_output_folder_is_refused(config_file, calls, capsys, monkeypatch):
-    monkeypatch.setattr("trainers.preflight.os.access", lambda path, mode: False)
+    monkeypatch.setattr("trainers.outputs.os.access", lambda path, mode: False)
     assert error_of(capsys, "train", config_file).startswith("error: run.output_dir: cannot write to /")
+
+
+def test_a_resumed_run_is_checked_where_it_is_and_not_where_it_was_made(run_folder, calls, capsys, monkeypatch):
+    config = run_folder / "config.yaml"
+    Path("gone").write_text("")
+    config.write_text(config.read_text().replace("output_dir: runs", "output_dir: gone/runs"))
+    assert "gone/runs" in config.read_text()
+    assert main(["train", "--resume", str(run_folder)]) == 0
+    assert len(calls) == 1
+    monkeypatch.setattr("trainers.outputs.os.access", lambda path, mode: Path(path) != run_folder.absolute())
+    assert error_of(capsys, "train", "--resume", str(run_folder)).startswith("error: --resume: cannot write to /")
+    assert len(calls) == 1
+
+
+def test_a_device_must_be_here_to_train_and_not_to_plan(config_file, calls, capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert main(["train", config_file, "--model.device", "cuda:1"]) == 0
+    message = error_of(capsys, "train", config_file, "--model.device", "cuda:2")
+    assert message == "error: model.device: there is no cuda:2 here (this machine has cuda:0, cuda:1, and cpu)"
+    assert "there is no mps here" in error_of(capsys, "train", config_file, "--model.device", "mps")
+    assert len(calls) == 1
+    assert main(["plan", config_file, "--model.device", "cuda:2", "--model.path", "someone/something"]) == 0
+    assert "is no torch device" in error_of(capsys, "plan", config_file, "--model.device", "gpu")
+
+
+@pytest.mark.parametrize("command", [["sample", "r", "--prompt", "a"], ["evaluate", "r"]])
+def test_an_output_folder_that_is_a_file_is_refused_before_any_picture(config_file, calls, capsys, command):
+    for output in (config_file, f"{config_file}/below"):
+        assert error_of(capsys, *command, "--output", output).startswith("error: --output: cannot make /")
+    assert calls == []
 
 
 def test_a_missing_tracker_package_is_refused(config_file, calls, capsys, monkeypatch):

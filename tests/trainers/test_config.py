@@ -80,6 +80,12 @@ def test_sd15_configs_hold_ddpos_published_numbers():
         ("optimizer: {learning_rate: fast}", "x.yaml: optimizer.learning_rate: must be a number, got 'fast'"),
         ("optimizer: {learning_rate: true}", "x.yaml: optimizer.learning_rate: must be a number, got true"),
         ("optimizer: {learning_rate: -1}", "x.yaml: optimizer.learning_rate: must be positive or null, got -1.0"),
+        ("optimizer: {learning_rate: .inf}", "x.yaml: optimizer.learning_rate: must be finite, got inf"),
+        ("optimizer: {epsilon: .inf}", "x.yaml: optimizer.epsilon: must be finite, got inf"),
+        ("kl: {alpha: .inf}", "x.yaml: kl.alpha: must be at least 0 and finite, got inf"),
+        ("kl: {alpha: .nan}", "x.yaml: kl.alpha: must be at least 0 and finite, got nan"),
+        ("kl: {kind: adaptive, target: .inf}", "x.yaml: kl.target: must be finite, got inf"),
+        ("shaping: {steps: [1], strength: .inf}", "x.yaml: shaping.strength: must be positive and finite, got inf"),
         ("optimizer: {lerning_rate: 1}", "x.yaml: optimizer.lerning_rate: unknown key (did you mean 'learning_rate'?)"),
         ("adapter: {rank: 0}", "x.yaml: adapter.rank: must be at least 1, got 0"),
         ("adapter: {rank: true}", "x.yaml: adapter.rank: must be a whole number, got true"),
@@ -119,6 +125,16 @@ def test_sd15_configs_hold_ddpos_published_numbers():
         (
             "tracking: {trackers: [mlflow]}",
             "x.yaml: tracking.trackers.0: must be trackio, wandb or tensorboard, got 'mlflow'",
+        ),
+        (
+            "evaluation: {stop_on_overoptimisation: true, every_epochs: 0}",
+            "x.yaml: evaluation.every_epochs: must be at least 1 with stop_on_overoptimisation (it compares the "
+            "evaluations of a run), got 0",
+        ),
+        (
+            "evaluation: {stop_on_overoptimisation: true, overoptimisation_threshold: 0}",
+            "x.yaml: evaluation.overoptimisation_threshold: must be positive with stop_on_overoptimisation (0 never "
+            "warns, so it would never stop), got 0.0",
         ),
         ("epochs: 0", "x.yaml: epochs: must be at least 1, got 0"),
         ("run: {name: a/b}", "x.yaml: run.name: must be a folder name without '/', or null, got 'a/b'"),
@@ -164,6 +180,10 @@ def test_every_problem_gets_its_own_line(tmp_path):
         ("a: [1", "not valid YAML: line 1, column 6: expected ',' or ']', but got '<stream end>'"),
         ("seed: 1\nseed: 2", "not valid YAML: line 2, column 1: the key 'seed' occurs twice"),
         ("a: \x00", "not valid YAML: unacceptable character"),
+        ("seed:\n  [a]: 1", "not valid YAML: line 2, column 3: a key must be a word, not a list or a mapping"),
+        ("? {a: 1}\n: 2", "not valid YAML: line 1, column 3: a key must be a word, not a list or a mapping"),
+        ("run: {name: !!binary aGk=}", "not valid YAML: line 1, column 13: could not determine a constructor for"),
+        ("seed: !!timestamp 2026-11-21", "not valid YAML: line 1, column 7: could not determine a constructor for"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
@@ -252,6 +272,11 @@ def test_overriding_with_the_same_kind_keeps_the_files_keys(tmp_path):
             "--rewards.x.weight 2",
             "command line: rewards.x.weight: there is no entry x in the list (1 given, numbered from 0)",
         ),
+        (
+            "--rewards.².weight 2",
+            "command line: rewards.².weight: there is no entry ² in the list (1 given, numbered from 0)",
+        ),
+        ("--rewards '{[a]: 1}'", "command line: rewards: '{[a]: 1}' is not a YAML value: line 1, column 2: a key must"),
         ("--model.offload on", "command line: model.offload: must be true or false, got 'on'"),
         ("--epochs", "command line: epochs: needs a value: --epochs VALUE"),
         ("--epochs --seed 3", "command line: epochs: needs a value: --epochs VALUE"),

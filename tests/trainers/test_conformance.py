@@ -55,6 +55,17 @@ def test_a_pipeline_that_cannot_be_trained_exits_with_the_reason(tmp_path, capsy
     assert "error: StableDiffusionInpaintPipeline needs mask_image" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["check", "shapes", "--num-steps", "1"], ["verify", "--policy", "shapes", "--sampler", "ode", "--num-steps", "3"]],
+    ids=["one step", "ode"],
+)
+def test_a_sampler_without_a_stochastic_step_exits_with_the_reason(arguments, capsys):
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the sampler (kind ") and "has no stochastic step" in last
+
+
 def test_a_folder_of_an_unknown_pipeline_exits_with_the_reason(tmp_path, capsys):
     tiny_stable_diffusion().save_pretrained(tmp_path)
     index = tmp_path / "model_index.json"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,20 @@ from torch.nn.functional import group_norm, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo import LoraConfig, lora
+from ddpo import LoraConfig, SamplerConfig, lora
+from ddpo.kl import FixedKL
+from ddpo.lagrangian import Constraint
 from ddpo.lora import FullConfig
+from ddpo.step_selection import StepSelection
 from tests.tiny import tiny_stable_diffusion
 from trainers.cli import main
-from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, OptimizerConfig
+from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, OptimizerConfig, ShapingConfig
 from trainers.estimate.accounting import CudaKernels, LiveBytes, account, saved_for_backward
-from trainers.estimate.architectures import ARCHITECTURES
-from trainers.estimate.blueprint import build, read_blueprint
+from trainers.estimate.architectures import ARCHITECTURES, STACKS_GUIDANCE
+from trainers.estimate.blueprint import FAMILIES, build, read_blueprint
 from trainers.estimate.cards import CARDS
 from trainers.estimate.memory import estimate
+from trainers.plan import expected_plan
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -165,7 +170,11 @@ def test_a_lora_step_of_stable_diffusion_is_the_published_1_71_tflop_per_row():
 
 @functools.cache
 def of_shapes(**groups):
-    return estimate(Config(**{"model": ModelConfig(path="shapes"), **groups}), read_blueprint("shapes"))
+    return planned(Config(**{"model": ModelConfig(path="shapes"), **groups}), read_blueprint("shapes"))
+
+
+def planned(config, blueprint, *, num_processes=1):
+    return estimate(config, blueprint, expected_plan(config, num_processes=num_processes))
 
 
 def test_parts_follow_from_sizes():
@@ -184,7 +193,7 @@ def test_a_split_network_is_divided_by_the_processes_but_for_what_is_gathered():
     whole = of_shapes(adapter=FullConfig()).parts
     blueprint = read_blueprint("shapes")
     parts = {
-        strategy: estimate(
+        strategy: planned(
             Config(
                 model=ModelConfig(path="shapes"),
                 adapter=FullConfig(),
@@ -238,8 +247,36 @@ def test_epoch_flops_follow_the_rows():
     assert more.flops["training"] == 2 * one.flops["training"]
 
 
+def test_every_family_says_whether_its_guidance_doubles_rows():
+    assert STACKS_GUIDANCE.keys() == FAMILIES.keys()
+
+
+def test_a_bound_on_the_kl_costs_what_a_penalty_costs():
+    penalised, bounded = (
+        of_shapes(kl=FixedKL(alpha=0.1)),
+        of_shapes(constraints=(Constraint(reward="kl", at_most=1.0),)),
+    )
+    assert bounded.flops == penalised.flops
+    assert bounded.phases == penalised.phases
+    assert bounded.flops["training"] > of_shapes().flops["training"]
+
+
+def test_every_predicted_image_is_decoded():
+    assert of_shapes(shaping=ShapingConfig(steps=(3, 9))).flops["decoding"] == 3 * of_shapes().flops["decoding"]
+
+
+def test_a_window_of_steps_trains_that_share_of_the_steps():
+    """2 of 10 steps of 256 images, without guidance: 512 rows and a fifth of the work of training."""
+    ten = SamplerConfig(num_steps=10, guidance_scale=1.0)
+    window = replace(ten, stochastic_steps=StepSelection(kind="window", size=2))
+    whole, part = of_shapes(sampler=ten), of_shapes(sampler=window)
+    assert part.plan.training_rows == 512
+    assert 5 * part.flops["training"] == whole.flops["training"]
+
+
 def test_plan_prints_memory_and_json(capsys, tmp_path):
     arguments = ["plan", "shapes_ppo", "--run.output_dir", str(tmp_path), "--tracking.trackers", "[]"]
+    arguments += ["--objective.step_fraction", "1"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "largest batches that fit" in text
@@ -248,6 +285,12 @@ def test_plan_prints_memory_and_json(capsys, tmp_path):
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["estimate"]["utilisation"] == 0.2
     assert numbers["estimate"]["cards"]["A100 40 GB"]["fits"] is True
+    window = ["--sampler.stochastic_steps.kind", "window", "--sampler.stochastic_steps.size", "2"]
+    assert main([*arguments, "--json", *window]) == 0
+    fewer = json.loads(capsys.readouterr().out)
+    assert (fewer["plan"]["num_stochastic"], fewer["plan"]["steps_known"]) == (2, True)
+    assert (numbers["plan"]["num_stochastic"], numbers["plan"]["steps_known"]) == (10, False)
+    assert 5 * fewer["estimate"]["flops_per_epoch"]["training"] == numbers["estimate"]["flops_per_epoch"]["training"]
 
 
 def test_an_unknown_pipeline_is_planned_without_memory(capsys, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from trainers.checkpoint import list_checkpoints
 from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.config_io import load_config, to_yaml
 from trainers.loop import resume, train, train_from_config
+from trainers.metrics import StepMeans
+from trainers.processes import Processes
 from trainers.run import read_metrics
-from trainers.update import DivergedError, GateError, rate_factor
+from trainers.update import DivergedError, GateError, check_gate, rate_factor
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,23 @@ def test_a_run_leaves_everything_a_user_looks_for(model: Path, tmp_path: Path) -
     assert rows[0]["kl/path_nats"] == 0.0
     assert rows[-1]["kl/path_nats"] > 0.0
     assert max(rows[-1]["per_step/gate_nats"]) < 1e-2
+    assert all(row["policy/step_kl_nats"] > 0.0 for row in rows)
     assert load_config(run / "config.yaml") == load_config(tmp_path / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "noisy"), [("shapes", 2), (None, 3)], ids=["last step without noise", "noise at every step"]
+)
+def test_the_plan_is_shown_again_where_the_loaded_pipeline_has_fewer_stochastic_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture, path: str | None, noisy: int
+) -> None:
+    sampler = SamplerConfig(num_steps=3, guidance_scale=1.0)
+    policy = Policy.from_pretrained(path, sampler=sampler, adapter=LoraConfig(rank=2)) if path else tiny_policy()
+    assert len(policy.schedule.stochastic_steps) == noisy
+    train(policy, reward="brightness", prompts=["a red circle"], config=small(run=RunConfig(output_dir=str(tmp_path))))
+    printed = capsys.readouterr().err
+    assert ("training      2 of 2 stochastic steps per image" in printed) == (noisy == 2)
+    assert ("now that the pipeline is loaded" in printed) == (noisy == 2)
 
 
 def test_resume_is_bit_exact_in_weights_and_every_logged_number(model: Path, tmp_path: Path) -> None:
@@ -189,6 +208,51 @@ def test_three_non_finite_gradients_in_a_row_stop_the_run_and_keep_the_checkpoin
         train(policy, reward="brightness", prompts=["a cat", "a dog"], config=config)
     assert all(bool(torch.isfinite(value).all()) for value in policy.trainable().values())
     assert list_checkpoints(run) != []
+
+
+def test_skipped_updates_are_counted_by_epoch(tmp_path: Path) -> None:
+    """The first gradient of the first epoch is not finite; the second epoch skips nothing."""
+    policy, seen = tiny_policy(), []
+
+    def damage(gradient: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return gradient * float("nan") if len(seen) == 1 else gradient
+
+    next(iter(policy.trainable().values())).register_hook(damage)
+    config = small(epochs=2, run=RunConfig(output_dir=str(tmp_path)))
+    rows = read_metrics(train(policy, reward="brightness", prompts=["a cat", "a dog"], config=config))
+    assert [row["optimizer/skipped"] for row in rows] == [1, 0]
+    assert not any("policy/step_kl_nats" in row for row in rows), "without a weight no update computes the KL"
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_the_gate_sees_nan_where_a_step_was_measured_and_only_there(where: int) -> None:
+    policy = tiny_policy()
+    trajectory = rollout(policy, policy.encode(["a cat"]), sample_seeds(0, 0, range(1)))
+    experience = SimpleNamespace(trajectory=trajectory)
+    gate = torch.full((3,), 1e-9, dtype=torch.float64)
+    gate[where] = float("nan")
+    seen = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(GateError, match=f"by nan nats on average at step {where} "):
+        check_gate(gate, seen, experience, 1e-5)
+    seen[where] = False
+    assert check_gate(gate, seen, experience, 1e-5) is gate
+    gate[1 - min(where, 1)] = 1.0
+    with pytest.raises(GateError, match="by 1 nats"):
+        check_gate(gate, seen, experience, 1e-5)
+
+
+def test_means_tell_a_step_that_was_not_seen_from_one_that_was_nan() -> None:
+    means = StepMeans(3, torch.device("cpu"))
+    means.add(
+        torch.tensor([0, 0, 2]), {"a": torch.tensor([1.0, 2.0, float("nan")]), "b": torch.tensor([1.0, 2.0, 6.0])}
+    )
+    processes = Processes(device="cpu")
+    reduced = means.reduce(processes)
+    assert means.seen(processes).tolist() == [True, False, True]
+    assert reduced["b"].nan_to_num(-1).tolist() == [1.5, -1, 6.0]
+    overall = means.overall(reduced, processes)
+    assert math.isnan(overall["a"]) and overall["b"] == 3.0
 
 
 def test_a_reward_that_fails_names_itself_and_the_prompt(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ddpo.advantages import AdvantageConfig
-from ddpo.kl import FixedKL
+from ddpo.kl import AdaptiveKL, FixedKL
+from ddpo.lagrangian import Constraint
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
 from rewards import RewardTerm, WeightedSum
-from trainers.config import BatchConfig, Config, DistributedConfig, RunConfig, TrackingConfig
-from trainers.plan import PlanError, check_whole_groups, chunks, make_plan, share, split_evenly
+from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, RunConfig, TrackingConfig
+from trainers.config_io import load_config
+from trainers.plan import PlanError, check_whole_groups, chunks, expected_plan, make_plan, share, split_evenly
 from trainers.preflight import preflight
 from trainers.session import make_session
 
@@ -212,7 +214,10 @@ def test_a_plan_with_a_group_on_two_processes_is_refused_with_sizes_that_work(pr
 
 def test_a_session_with_a_groupwise_reward_needs_whole_groups():
     policy = SimpleNamespace(
-        schedule=SimpleNamespace(stochastic_steps=range(50)), sampler=SamplerConfig(), check_inputs=lambda *inputs: None
+        schedule=SimpleNamespace(stochastic_steps=range(50)),
+        sampler=SamplerConfig(),
+        rule=SimpleNamespace(branches=2),
+        check_inputs=lambda *inputs: None,
     )
     processes = SimpleNamespace(count=2, rank=0)
     reward = WeightedSum([RewardTerm(name="diversity")])
@@ -231,3 +236,46 @@ def test_whole_groups_are_asked_for_before_weights_load(tmp_path):
     preflight(config, num_processes=3)
     with pytest.raises(PlanError, match="got 9, nearest possible: 6 or 12"):
         preflight(config, num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weighs"),
+    [
+        ({}, False),
+        ({"kl": FixedKL(alpha=0.1)}, True),
+        ({"kl": AdaptiveKL(target=1.0)}, True),
+        ({"constraints": (Constraint(reward="kl", at_most=1.0),)}, True),
+        ({"constraints": (Constraint(reward="brightness", at_most=1.0),)}, False),
+    ],
+)
+def test_a_bound_on_the_kl_is_a_weight_of_it(changes, weighs):
+    config = dataclasses.replace(a_config(samples=160, steps=10), **changes)
+    plan = make_plan(config, num_processes=1, num_stochastic=9)
+    assert config.weighs_kl is weighs
+    assert plan.reference_rows == (2 * 160 * 9 + plan.training_rows if weighs else 2 * 2 * 16 * 9)
+
+
+def test_guidance_doubles_no_rows_where_it_is_an_input_of_distilled_weights():
+    """192 images of 16 steps on FLUX.1-dev are 3,072 rows; on SD 3.5, whose guidance has two branches, 6,144."""
+    flux = load_config("flux_hps")
+    plan = expected_plan(flux, num_processes=8)
+    assert plan.sampling_rows == 3_072 and plan.branches == 1
+    assert "up to" not in plan.describe()
+    known = dataclasses.replace(flux, model=ModelConfig(path="stabilityai/stable-diffusion-3.5-medium"))
+    plan = expected_plan(known, num_processes=8)
+    assert plan.sampling_rows == 6_144
+    assert "up to" not in plan.describe()
+
+
+def test_what_only_the_loaded_pipeline_will_tell_is_called_an_upper_bound(tmp_path):
+    flux = load_config("flux_hps")
+    elsewhere = dataclasses.replace(flux, model=ModelConfig(path="someone/something"))
+    text = expected_plan(elsewhere, num_processes=8).describe()
+    assert "denoiser rows up to " in text
+    assert "training      9 of 15 stochastic steps" in text, "all but the last step of a flow have noise"
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    local = dataclasses.replace(flux, model=ModelConfig(path=str(tmp_path)))
+    assert expected_plan(local, num_processes=8) == expected_plan(flux, num_processes=8)
+    text = expected_plan(a_config(steps=10), num_processes=1).describe()
+    assert "training      up to 10 of 10 stochastic steps" in text
+    assert "denoiser rows up to " in text

@@ -28,6 +28,17 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path):
     assert load(tmp_path / "a.txt", limit=2) == prompts[:2]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0c"])
+def test_a_prompt_ends_at_a_newline_alone(tmp_path, separator):
+    texts = [f"a cat{separator}a dog", "a bird"]
+    for newline in ("\n", "\r\n"):
+        (tmp_path / "a.txt").write_bytes(newline.join(texts).encode())
+        assert [prompt.text for prompt in load(tmp_path / "a.txt")] == texts
+    entries = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(entries), encoding="utf-8")
+    assert [prompt.text for prompt in load(tmp_path / "a.jsonl")] == texts
+
+
 def test_json_lines_carry_metadata(tmp_path):
     entries = [{"prompt": "a cat", "count": 2}, {"prompt": "a dog", "count": 1, "metadata": {"color": "red"}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))

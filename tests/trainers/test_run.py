@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from trainers.config import Config, RunConfig
 from trainers.environment import git_state
+from trainers.processes import Processes
 from trainers.run import RunError, RunFolder, _jsonable, read_metrics
+from trainers.session import create_run
 
 
 @pytest.fixture
@@ -51,6 +54,14 @@ def test_default_names_never_collide(tmp_path):
     names = [RunFolder.create(tmp_path, None, "", stem="shapes ppo/1").name for _ in range(3)]
     assert len(set(names)) == 3
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_shapes-ppo-1(-\d)?", name) for name in names)
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = Config(run=RunConfig(output_dir="~/runs", name="a"))
+    assert create_run(config, Processes(device="cpu"), yaml="seed: 3\n").path == tmp_path / "home" / "runs" / "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_a_taken_name_is_refused_with_both_ways_out(run):

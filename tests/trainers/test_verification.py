@@ -285,6 +285,21 @@ def test_a_report_folder_that_cannot_be_made_is_found_before_any_check_runs(chec
     assert started == []
 
 
+def test_outputs_that_cannot_be_written_are_found_before_any_check_runs(checks, tmp_path, capsys):
+    started = []
+    checks(Check(name="never", group="alpha", claim="", level="fast", run=lambda: started.append(1) or iter(())))
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["--json", str(tmp_path)], "is a folder; name a file"),
+        (["--json", str(tmp_path / "no" / "x.json")], "to write x.json to"),
+        (["--report", str(tmp_path / "file")], "is a file; choose another folder"),
+    ):
+        assert main(["verify", *arguments]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"error: {arguments[0]}: ") and lines[0].endswith(message)
+    assert started == []
+
+
 def test_the_tabular_checks_pass_through_the_command_line(capsys):
     assert main(["verify", "--only", "tabular"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainers.commands.arguments import command, positive
 from trainers.launch import is_main_process
+from trainers.outputs import check_folder
 
 
 def add_run_commands(commands: argparse._SubParsersAction) -> None:
@@ -59,7 +60,8 @@ Reads the evaluations of finished or running runs. More is better in every measu
   ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
   ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
 
-With --sweep, any --key value of a configuration goes to every run; runs that are finished already are kept.
+With --sweep, any --key value of a configuration goes to every run. Runs that are finished already are kept, others go
+on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves the run at work.
 """
 
 
@@ -76,12 +78,13 @@ def _add_pareto(commands: argparse._SubParsersAction) -> None:
 
 def _add_dashboard(commands: argparse._SubParsersAction) -> None:
     parser = command(commands, "dashboard", _dashboard, "open the local page with all runs")
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: the newest project)")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder (default: all projects of ./runs)")
     parser.add_argument("--port", type=int, help="port of the page (default: a free one)")
     parser.add_argument("--no-browser", dest="open_browser", action="store_false", help="print the address only")
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> None:
+    _check_output(options)
     from trainers.finished import sample_run
 
     picture = sample_run(
@@ -98,6 +101,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    _check_output(options)
     from trainers.finished import evaluate_run
 
     folder = evaluate_run(options.run, checkpoint=options.checkpoint, output=options.output)
@@ -105,11 +109,18 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
         print(folder)
 
 
+def _check_output(options: argparse.Namespace) -> None:
+    """Finds what cannot be written before pictures are made."""
+    if options.output is not None:
+        check_folder("--output", options.output)
+
+
 def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
-    from trainers.pareto import report, sweep
+    from trainers.pareto import check_picture, report, sweep
 
     if (options.sweep is None) != (options.weights is None):
         raise ValueError("--sweep CONFIG and --weights NAME=0,1,5 go together")
+    check_picture(options.out)
     swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
     print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
 

@@ -3,13 +3,16 @@
 The numbers are those of the `config.json` files in the repositories of the same names.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 CLIP_L = 123_060_480
 CLIP_L_PROJECTED = 123_650_304
 CLIP_BIG_G = 694_659_840
 T5_XXL = 4_762_310_656
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +100,37 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
     "black-forest-labs/FLUX.1-dev": FLUX,
 }
+STACKS_GUIDANCE = {  # whether guidance doubles the rows of a call; else it is an input of distilled weights
+    "UNet2DConditionModel": True,
+    "SD3Transformer2DModel": True,
+    "FluxTransformer2DModel": False,
+}
+
+
+def stacks_guidance(path: str) -> bool | None:
+    """Whether guidance doubles a pipeline's denoiser rows; None where that shows only once it is loaded.
+
+    Args:
+        path: `model.path`.
+    """
+    if path == "shapes":
+        return True
+    folder = Path(path).expanduser()
+    if (folder / INDEX).is_file():
+        return STACKS_GUIDANCE.get(denoiser_of(read_classes(folder))[1])
+    return STACKS_GUIDANCE[ARCHITECTURES[path].denoiser_class] if path in ARCHITECTURES else None
+
+
+def read_classes(folder: Path) -> dict[str, str]:
+    """The class of each part of a pipeline folder, by the part's name; nothing if its index cannot be read."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except ValueError:
+        return {}
+    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1] is not None}
+
+
+def denoiser_of(classes: Mapping[str, str]) -> tuple[str, str]:
+    """Name and class of the part that denoises; empty if there is none."""
+    name = next((name for name in ("unet", "transformer") if name in classes), "")
+    return name, classes.get(name, "")

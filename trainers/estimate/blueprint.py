@@ -1,7 +1,6 @@
 """A pipeline's networks on torch's meta device: all shapes, no data."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpo.loading import SHAPES
 from trainers.config_errors import ConfigError
-from trainers.estimate.architectures import ARCHITECTURES, Architecture
+from trainers.estimate.architectures import ARCHITECTURES, INDEX, Architecture, denoiser_of, read_classes
 
 Inputs = dict[str, Tensor | dict[str, Tensor]]
 
@@ -44,13 +43,11 @@ class Family:
 
     Attributes:
         build: The class.
-        stacks_guidance: Whether guidance doubles the rows of a call; else it is an input of distilled weights.
         latents: From a denoiser, the latent height and width and the number of prompt tokens, the sizes of a sample.
         inputs: From a denoiser, its sample sizes, rows and precision, the arguments of a call.
     """
 
     build: type[ModelMixin]
-    stacks_guidance: bool
     latents: Callable[[ModelMixin, int, int], Latents]
     inputs: Callable[[ModelMixin, Latents, int, torch.dtype], Inputs]
 
@@ -116,14 +113,10 @@ def _flux_inputs(denoiser: ModelMixin, latents: Latents, rows: int, dtype: torch
 
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(
-        build=diffusers.UNet2DConditionModel, stacks_guidance=True, latents=_unet_latents, inputs=_unet_inputs
-    ),
-    "SD3Transformer2DModel": Family(
-        build=diffusers.SD3Transformer2DModel, stacks_guidance=True, latents=_sd3_latents, inputs=_sd3_inputs
-    ),
+    "UNet2DConditionModel": Family(build=diffusers.UNet2DConditionModel, latents=_unet_latents, inputs=_unet_inputs),
+    "SD3Transformer2DModel": Family(build=diffusers.SD3Transformer2DModel, latents=_sd3_latents, inputs=_sd3_inputs),
     "FluxTransformer2DModel": Family(
-        build=diffusers.FluxTransformer2DModel, stacks_guidance=False, latents=_flux_latents, inputs=_flux_inputs
+        build=diffusers.FluxTransformer2DModel, latents=_flux_latents, inputs=_flux_inputs
     ),
 }
 _ENCODERS: dict[str, tuple[type[transformers.PreTrainedModel], type[transformers.PretrainedConfig]]] = {
@@ -172,7 +165,7 @@ def read_blueprint(path: str) -> Blueprint:
         ConfigError: Neither, or of a class that has no family here.
     """
     folder = SHAPES if path == "shapes" else Path(path).expanduser()
-    if (folder / "model_index.json").is_file():
+    if (folder / INDEX).is_file():
         return _from_folder(folder)
     if path not in ARCHITECTURES:
         raise ConfigError(
@@ -192,12 +185,11 @@ def build(architecture: Architecture) -> Blueprint:
 
 
 def _from_folder(folder: Path) -> Blueprint:
-    index: Mapping[str, object] = json.loads((folder / "model_index.json").read_text())
-    classes = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1] is not None}
-    name = next((name for name in ("unet", "transformer") if name in classes), None)
-    if name is None:
+    classes = read_classes(folder)
+    name, kind = denoiser_of(classes)
+    if not name:
         raise ConfigError(f"model.path: {folder} has no unet and no transformer")
-    family = _family(classes[name])
+    family = _family(kind)
     autoencoder = classes.get("vae")
     if autoencoder not in (None, "AutoencoderKL"):
         raise ConfigError(f"memory cannot be estimated for a {autoencoder}; only for AutoencoderKL")

@@ -11,13 +11,12 @@ from trainers.estimate.report import as_mapping, as_text
 from trainers.plan import BatchPlan
 
 
-def describe(config: Config, plan: BatchPlan, num_processes: int, *, utilisation: float, as_json: bool) -> str:
+def describe(config: Config, plan: BatchPlan, *, utilisation: float, as_json: bool) -> str:
     """The estimate of a run, or why there is none, as text or as JSON with the plan.
 
     Args:
         config: The run.
         plan: Its epoch.
-        num_processes: GPUs.
         utilisation: Share of a card's published peak that is assumed to be reached, in (0, 1].
         as_json: For programs.
     """
@@ -25,8 +24,8 @@ def describe(config: Config, plan: BatchPlan, num_processes: int, *, utilisation
         blueprint = read_blueprint(config.model.path)
     except ConfigError as error:
         return json.dumps({"plan": asdict(plan), "estimate": None, "reason": str(error)}) if as_json else f"\n{error}"
-    estimated = estimate(config, blueprint, num_processes=num_processes)
+    estimated = estimate(config, blueprint, plan)
     if not as_json:
         return "\n" + as_text(config, estimated, utilisation=utilisation)
     numbers = as_mapping(config, estimated, utilisation=utilisation)
-    return json.dumps({"plan": asdict(estimated.plan), "estimate": numbers}, indent=1)
+    return json.dumps({"plan": asdict(plan), "estimate": numbers}, indent=1)

@@ -8,22 +8,20 @@ Legend: `B` samples of a call, `N` samples of a process and epoch, `T` steps, `D
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from diffusers import ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpo import lora
 from ddpo.denoiser import DTYPES
-from ddpo.kl import FixedKL
 from ddpo.lora import FullConfig
 from ddpo.quantization import Quantization
 from trainers.config import Config
 from trainers.estimate.accounting import Cost, CudaKernels, account
 from trainers.estimate.blueprint import Blueprint, Inputs, Latents
-from trainers.plan import BatchPlan, make_plan
+from trainers.plan import BatchPlan
 from trainers.sharding import blocks
 
 FLOAT32 = 4
@@ -100,20 +98,17 @@ class Estimate:
         return max(0, min(batch + (capacity - self.phases[name]) // self.per_sample[name] for name in together))
 
 
-def estimate(config: Config, blueprint: Blueprint, *, num_processes: int = 1) -> Estimate:
+def estimate(config: Config, blueprint: Blueprint, plan: BatchPlan) -> Estimate:
     """Estimates a run.
 
     Args:
         config: The run.
         blueprint: Its pipeline; the denoiser gets the run's adapter.
-        num_processes: GPUs.
+        plan: Its epoch, on as many GPUs as the plan has processes.
     """
-    if not blueprint.family.stacks_guidance:
-        config = replace(config, sampler=replace(config.sampler, guidance_scale=1.0))
-    plan = make_plan(config, num_processes=num_processes, num_stochastic=config.sampler.num_steps)
     latents = blueprint.latents(config.sampler.height, config.sampler.width)
-    simulated = _Simulation(config, blueprint.denoiser, blueprint, latents)
-    parts = simulated.parts(plan)
+    simulated = _Simulation(config, plan, blueprint, latents)
+    parts = simulated.parts()
     costs = {
         "sampling": simulated.sampling(),
         "training": simulated.training(),
@@ -125,8 +120,10 @@ def estimate(config: Config, blueprint: Blueprint, *, num_processes: int = 1) ->
 class _Simulation:
     """Passes of a run's networks on the meta device."""
 
-    def __init__(self, config: Config, denoiser: ModelMixin, blueprint: Blueprint, latents: Latents) -> None:
+    def __init__(self, config: Config, plan: BatchPlan, blueprint: Blueprint, latents: Latents) -> None:
+        denoiser = blueprint.denoiser
         self._config = config
+        self._plan = plan
         self._dtype = DTYPES[config.model.precision]
         self._autocast = None if self._dtype == torch.float32 else self._dtype
         self._blueprint = blueprint
@@ -142,9 +139,9 @@ class _Simulation:
         modes = (CudaKernels(self._autocast), CudaKernels(self._autocast))
         return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=lambda: modes)
 
-    def parts(self, plan: BatchPlan) -> Parts:
+    def parts(self) -> Parts:
         """Bytes of what stays."""
-        config, full = self._config, isinstance(self._config.adapter, FullConfig)
+        config, plan, full = self._config, self._plan, isinstance(self._config.adapter, FullConfig)
         trained = [parameter.numel() for parameter in self._denoiser.parameters() if parameter.requires_grad]
         weights = FLOAT32 * sum(trained)
         vae = self._blueprint.vae
@@ -190,11 +187,10 @@ class _Simulation:
         """One transition's forward and backward pass, with the pretrained model's where the KL has a weight."""
         config = self._config
         inputs = self._inputs(self._branches(guided=config.objective.train_guidance == "same"))
-        penalised = not (isinstance(config.kl, FixedKL) and config.kl.alpha == 0)
 
         def run() -> None:
             output = self._denoiser(**inputs, return_dict=False)[0]
-            if penalised:
+            if config.weighs_kl:
                 with torch.no_grad(), lora.adapter_off(self._denoiser):
                     self._denoiser(**inputs, return_dict=False)
             torch.autograd.backward(output.float().square().mean())
@@ -229,7 +225,7 @@ class _Simulation:
         return self._blueprint.family.inputs(self._denoiser, self._latents, rows, self._dtype)
 
     def _branches(self, *, guided: bool) -> int:
-        return 2 if guided and self._config.sampler.guidance_scale > 1 else 1
+        return self._plan.branches if guided else 1
 
     def _account(self, run: Callable[[], object], inputs: Inputs) -> Cost:
         gradients = [parameter.grad for parameter in self._denoiser.parameters() if parameter.grad is not None]
@@ -244,8 +240,7 @@ def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, c
     idle = 0 if offload else parts.text_encoders + parts.vae
     kept = 0 if on_cpu else parts.trajectories
     # A batch's noise, its states, and their stack; with a KL weight also the mean of every step.
-    penalised = plan.reference_rows > 0 and not (isinstance(config.kl, FixedKL) and config.kl.alpha == 0)
-    states = (3 + penalised) * (plan.num_steps + 1) * latents.numel * FLOAT32
+    states = (3 + config.weighs_kl) * (plan.num_steps + 1) * latents.numel * FLOAT32
     sliced = config.model.vae_slicing
     per_sample = {
         "sampling": costs["sampling"].peak + states,
@@ -262,12 +257,11 @@ def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, c
         "training": resident + idle + kept + parts.gradients + plan.train_batch_size * per_sample["training"],
         "optimizer": resident + idle + kept + 2 * parts.gradients,
     }
-    rows = 2 if config.sampler.guidance_scale > 1 else 1
-    in_training = plan.training_rows if penalised else 0
+    in_training = plan.training_rows if config.weighs_kl else 0
     transitions = plan.images_per_epoch * plan.steps_per_sample * plan.inner_epochs
     flops = {
-        "sampling": (plan.sampling_rows + plan.reference_rows - in_training) * costs["sampling"].flops // rows,
-        "decoding": plan.images_per_epoch * costs["decoding"].flops,
+        "sampling": (plan.sampling_rows + plan.reference_rows - in_training) * costs["sampling"].flops // plan.branches,
+        "decoding": plan.images_per_epoch * (1 + len(config.shaping.steps)) * costs["decoding"].flops,
         "training": transitions * costs["training"].flops,
     }
     return Estimate(parts=parts, phases=phases, per_sample=per_sample, flops=flops, plan=plan)

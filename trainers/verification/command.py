@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddpo.denoiser import Precision
 from ddpo.samplers import SamplerKind
+from trainers.outputs import check_file, check_folder
 from trainers.verification.conformance import likelihood_checks, load_subject
 from trainers.verification.suite import all_checks, as_json, run_with_bar, select, table
 
@@ -39,11 +40,13 @@ def verify(
         0 if all passed, else 1.
 
     Raises:
-        ValueError: There is no such group.
-        OSError: The report's folder cannot be written; found before anything runs.
+        ValueError: There is no such group, or the report or the JSON cannot be written; found before anything runs.
     """
     if report is not None:
+        check_folder("--report", report)
         report.mkdir(parents=True, exist_ok=True)
+    if json_file is not None and json_file != "-":
+        check_file("--json", Path(json_file))
     if model is None:
         checks = select(all_checks(), full=full, only=only)
     else:

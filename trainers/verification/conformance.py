@@ -29,6 +29,7 @@ from ddpo.policy import default_device
 from ddpo.samplers import SamplerKind, default_sampler
 from ddpo.schedule import training_scheduler
 from ddpo.tracing import Step, recording
+from trainers.policies import count_decisions
 from trainers.verification.likelihood import (
     PROMPTS,
     RowsOf,
@@ -171,8 +172,10 @@ def make_subject(
 
     Raises:
         UntraceableError: The pipeline cannot be a policy; the message says why.
+        ValueError: The sampler has no stochastic step.
     """
     policy = Policy(pipeline, sampler=sampler, adapter=LoraConfig(rank=4), precision=precision, device=device)
+    count_decisions(policy)
     perturb(policy)
     return Subject(policy=policy, precision=precision, fresh=fresh)
 
