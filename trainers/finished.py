@@ -57,7 +57,7 @@ def sample_run(
         num_images: Images per prompt.
         images: Input images of a pipeline that edits: one for all prompts, or one for each.
         output: Folder to write to; None for `<run>/samples`.
-        checkpoint: Name of a checkpoint folder; None takes the weights that were exported, else the newest.
+        checkpoint: Name of a checkpoint folder; None takes the newest, or the best weights where those were exported.
         sampler: Whose sampler to use, the evaluation's or training's (`rollout`).
 
     Returns:
@@ -101,7 +101,7 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
 
     Args:
         run: The run folder.
-        checkpoint: Name of a checkpoint folder; None takes the weights that were exported, else the newest.
+        checkpoint: Name of a checkpoint folder; None takes the newest, or the best weights where those were exported.
         output: Folder to write to; None for `<run>/evaluation_<epoch of the weights>`.
 
     Returns:

@@ -3,6 +3,9 @@
 <output_dir>/<name>/
   config.yaml        the resolved configuration
   environment.json   versions, machine, git commit, command line, start time; one more entry per resume
+  rewards.json       see `trainers.reward_record`
+  prompts.json       see `trainers.prompt_record`
+  objects.json       of a run started from Python, see `trainers.from_python`
   metrics.jsonl      one JSON object per epoch, appended as the run goes
   pictures/          sample grids
   checkpoints/       see `trainers.checkpoint`
