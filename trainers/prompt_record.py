@@ -9,7 +9,7 @@ rewards are.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -80,7 +80,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> Entry:
     digest = hashlib.sha256()
     for prompt in prompts:
         entry = {key: _image(value) if key == IMAGE else value for key, value in prompt.metadata.items()}
-        digest.update(json.dumps([prompt.text, entry], sort_keys=True, default=_kind).encode() + b"\n")
+        digest.update(json.dumps([prompt.text, _plain(entry)]).encode() + b"\n")
     return {"number": len(prompts), "hash": digest.hexdigest()}
 
 
@@ -91,9 +91,13 @@ def _image(source: object) -> str:
     return hashlib.sha256(Path(str(source)).read_bytes()).hexdigest()
 
 
-def _kind(value: object) -> str:
-    """What stands for a value that JSON lacks, the same in every process."""
-    return type(value).__name__
+def _plain(value: object) -> object:
+    """A value for JSON, the same in every process; of what JSON lacks the kind alone."""
+    if isinstance(value, Mapping):
+        return sorted([str(key), _plain(item)] for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def _read(file: Path) -> dict | None:
