@@ -1,5 +1,6 @@
 """Finds and loads a pretrained pipeline, with errors that say what is missing."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +10,23 @@ from ddpo.quantization import Quantization, quantization_config
 from ddpo.schedule import flow_matching_scheduler
 
 SHAPES = Path(__file__).parent / "assets" / "shapes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a pipeline was loaded from; as `load_pipeline` takes it.
+
+    Attributes:
+        path: A folder, a Hugging Face hub id, or `shapes`.
+        revision: Of the hub repository.
+        variant: Of the weight files.
+        quantization: Of the denoiser's linear layers.
+    """
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    quantization: Quantization | None = None
 
 
 def load_pipeline(

@@ -7,14 +7,14 @@ base.
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpo.validation import check
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # peft and diffusers take seconds to import, and the configur
     from diffusers import DiffusionPipeline, ModelMixin
 
 ADAPTER = "default"
+PEFT_PREFIX, PEFT_FILE = "base_model.model", "adapter_model.safetensors"
 ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
@@ -207,6 +208,40 @@ def save_weights(
         _save_whole(pipeline, name, denoiser, folder / name, weights)
 
 
+def read_weights(
+    pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path, parameters: Collection[str]
+) -> dict[str, Tensor]:
+    """What `save_weights` wrote, by the parameters' names, on the CPU.
+
+    Args:
+        pipeline: As for `save_weights`.
+        name: As for `save_weights`.
+        denoiser: As for `save_weights`.
+        folder: Where it was written.
+        parameters: Names of the trained weights.
+
+    Raises:
+        ValueError: The folder holds other weights.
+    """
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+    scale = 1.0
+    if not hasattr(denoiser, "peft_config"):
+        file, keys = folder / name / SAFETENSORS_WEIGHTS_NAME, {key: key for key in parameters}
+    else:
+        is_peft = not hasattr(pipeline, "save_lora_weights")
+        prefix = PEFT_PREFIX if is_peft else name
+        file = folder / (PEFT_FILE if is_peft else "pytorch_lora_weights.safetensors")
+        keys = {key: f"{prefix}.{key.replace(f'.{ADAPTER}.', '.')}" for key in parameters}
+        settings = vars(denoiser)["peft_config"][ADAPTER]
+        scale = settings.lora_alpha / settings.r
+    saved = load_file(file)
+    missing = [key for key in keys.values() if key not in saved]
+    if missing:
+        raise ValueError(f"{file} holds other weights than this policy trains: {missing[0]} is missing")
+    return {key: saved[stored] / (scale if ".lora_B." in key else 1.0) for key, stored in keys.items()}
+
+
 def _save_whole(
     pipeline: "DiffusionPipeline", name: str, denoiser: "ModelMixin", folder: Path, weights: Mapping[str, Tensor]
 ) -> None:
@@ -228,8 +263,8 @@ def _save_as_peft(denoiser: "ModelMixin", folder: Path, weights: Mapping[str, Te
     settings.lora_alpha = settings.r  # the scale is in the weights
     settings.inference_mode = True
     settings.save_pretrained(str(folder))
-    state = {f"base_model.model.{name}": value for name, value in lora_state(denoiser, weights).items()}
-    save_file(state, folder / "adapter_model.safetensors")
+    state = {f"{PEFT_PREFIX}.{name}": value for name, value in lora_state(denoiser, weights).items()}
+    save_file(state, folder / PEFT_FILE)
 
 
 def _adaptable(layer: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from ddpo.encoding import Encoder
 from ddpo.gaussian import Gaussian
 from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
 from ddpo.input_images import probe_images
-from ddpo.loading import load_pipeline
+from ddpo.loading import Source, load_pipeline
 from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
 from ddpo.quantization import Quantization, is_quantized
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
@@ -45,6 +45,9 @@ class Policy:
     Attributes:
         pipeline: The stock pipeline; its scheduler is the one that the schedule was read from.
         sampler: How it is sampled.
+        adapter: What is trained; None for nothing.
+        offload: Whether text encoders and VAE rest on the CPU.
+        source: What the pipeline was loaded from; None for one that was made otherwise.
         schedule: Coefficients of the chain in the present epoch, float32 on the device.
         latent_shape: Shape of one sample's latents.
         name: The denoiser's component name, `unet` or `transformer`.
@@ -91,6 +94,9 @@ class Policy:
         pipeline.scheduler = training_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.sampler = sampler
+        self.adapter = adapter
+        self.offload = offload
+        self.source: Source | None = None
         self.device = torch.device(device)
         self.call = read_call(pipeline, module, sampler)
         for component in pipeline.components.values():
@@ -147,7 +153,7 @@ class Policy:
         pipeline = load_pipeline(
             path, dtype=DTYPES[precision], revision=revision, variant=variant, quantization=quantization
         )
-        return cls(
+        policy = cls(
             pipeline,
             sampler=sampler or default_sampler(pipeline.scheduler),
             adapter=adapter or lora.LoraConfig(),
@@ -156,6 +162,8 @@ class Policy:
             offload=offload,
             seed=seed,
         )
+        policy.source = Source(path=str(path), revision=revision, variant=variant, quantization=quantization)
+        return policy
 
     # ---- the distribution of a step ---------------------------------------------------------------------------------
 
@@ -365,6 +373,10 @@ class Policy:
         if not trained:
             raise ValueError("the policy trains nothing to save; give Policy an adapter: LoraConfig() or FullConfig()")
         lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """The weights that `save` wrote, for all of `trainable()`: see `ddpo.lora.read_weights`."""
+        return lora.read_weights(self.pipeline, self.name, self.denoiser.module, folder, self.trainable())
 
     # ---- tracing ----------------------------------------------------------------------------------------------------
 

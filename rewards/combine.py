@@ -127,6 +127,7 @@ class WeightedSum:
     Attributes:
         terms: what is summed.
         rewards: the rewards of `terms`, under their labels.
+        by_name: whether they were resolved from the terms' names.
         epoch: finished epochs, which set scheduled weights; whoever trains keeps it up to date.
 
     Args:
@@ -148,6 +149,7 @@ class WeightedSum:
     ) -> None:
         if not terms:
             raise ValueError("at least one reward is needed, got none; add one under `rewards:`")
+        self.by_name = rewards is None
         if rewards is None:
             rewards = [resolve(term.name, device=device, options=term.options) for term in terms]
         if len(rewards) != len(terms):

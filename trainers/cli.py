@@ -38,7 +38,7 @@ Several processes are started by the launcher, one per device:
   (`accelerate launch --cpu --num_processes 2` starts one process only.)
 
 Continue a run, exactly where it stopped; epochs, max_minutes, checkpoints.*, tracking.*, distributed.* and
-reward_processes.* may change:
+reward_processes.* may change, and the run keeps them:
   ddpo train --resume runs/NAME [--epochs 200]
 
 SIGTERM, SIGUSR1 and Ctrl-C stop a run cleanly between two batches: the epoch begun is dropped, the whole ones are
@@ -136,6 +136,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.resume is not None:
         _resume(options, overrides)
         return
+    if options.checkpoint is not None:
+        raise ValueError("--checkpoint names where to continue a run: it goes with --resume RUN")
     if options.config is None:
         raise ValueError("train needs a configuration, e.g. ddpo train shapes_ppo (ddpo train --help lists every key)")
     from trainers.config_io import find_config, load_config, to_yaml
@@ -152,12 +154,15 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _resume(options: argparse.Namespace, overrides: list[str]) -> None:
-    from trainers.config_io import load_config, load_resumed, resume_overrides
+    from trainers.config_io import load_config, load_resumed, refuse_run_keys, resume_overrides
+    from trainers.from_python import refuse_objects
     from trainers.preflight import preflight
 
     saved_file = options.resume / "config.yaml"
     if not saved_file.is_file():
         raise FileNotFoundError(f"{options.resume}: is no run folder (no config.yaml in it)")
+    refuse_objects(options.resume)
+    refuse_run_keys(load_config(saved_file), overrides)
     if options.config is not None:
         wanted = load_config(options.config, overrides)
         overrides = resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)

@@ -9,10 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ddpo import Experience, Policy, Trajectory, path_kl, rollout, sample_seeds
+from ddpo import Condition, Experience, Policy, Trajectory, path_kl, rollout, sample_seeds
 from ddpo.advantages import Advantages, Part
 from rewards import RewardError, Scores
 from rewards.base import check_components
+from trainers.decoded import find_non_finite
 from trainers.metrics import Stopwatch
 from trainers.objective import Pressure, explained, objective_scores, potential, pressure
 from trainers.plan import KL_SAMPLES, BatchPlan
@@ -66,7 +67,7 @@ def collect(
         clock: Takes the seconds of `sample`, `decode` and `reward`.
 
     Raises:
-        RewardError: A reward failed; the message names it, the prompt and the sample.
+        RewardError: A reward failed; the message names it, the prompt and the sample. Or images were not finite.
         Interrupted: A signal has reached some process.
     """
     config = state.config
@@ -79,6 +80,7 @@ def collect(
     parts: list[Trajectory] = []
     pictures: list[Tensor] = []
     start = own.start
+    failure: RewardError | None = None
     if config.model.offload:  # the text encoder moves to the device and back once, not for every batch
         with clock("sample"):
             everyone = drawn[own.start : own.stop]
@@ -95,14 +97,16 @@ def collect(
                 parts.append(rollout(state.policy, condition, seeds, with_kl=measured, guided=guided))
         with clock("decode"):
             images = state.policy.decode(parts[-1].final)
-        scorer.submit(images, condition.prompts, condition.metadata)
+        failure = failure or _submit(scorer, images, parts[-1].final, condition)
         for k in config.shaping.steps:
-            _submit_prediction(state, scorer, parts[-1], k, clock)
+            failed = _submit_prediction(state, scorer, parts[-1], k, clock)
+            failure = failure or failed
         if config.batch.trajectories == "cpu":
             parts[-1] = parts[-1].kept_on_cpu()
         if len(pictures) * size < config.tracking.num_pictures:
             pictures.append(images.cpu())
         start += size
+    fail_together(processes, failure)
     trajectory = Trajectory.concatenate(parts)
     with clock("sample"):
         kl = trajectory.kl if measured else _measured_kl(state.policy, trajectory, guided=guided)
@@ -155,14 +159,26 @@ def collect(
     )
 
 
+def _submit(
+    scorer: Scorer, images: Tensor, latents: Tensor, condition: Condition, *, queue: int = -1
+) -> RewardError | None:
+    """Has images scored; returns why not where some are not finite."""
+    failure = find_non_finite(images, latents, condition.prompts)
+    if failure is None:
+        scorer.submit(images, condition.prompts, condition.metadata, queue=queue)
+    return failure
+
+
 @torch.no_grad()
-def _submit_prediction(state: TrainState, scorer: Scorer, part: Trajectory, k: int, clock: Stopwatch) -> None:
-    """Has the clean images that the policy predicts before step k scored, in a queue of their own."""
+def _submit_prediction(
+    state: TrainState, scorer: Scorer, part: Trajectory, k: int, clock: Stopwatch
+) -> RewardError | None:
+    """Has the clean images that the policy predicts before step k scored, in a queue of their own; see `_submit`."""
     with clock("sample"):
         predicted = state.policy.predicted_x0(k, part.latents[:, k], part.condition)
     with clock("decode"):
         images = state.policy.decode(predicted)
-    scorer.submit(images, part.condition.prompts, part.condition.metadata, queue=k)
+    return _submit(scorer, images, predicted, part.condition, queue=k)
 
 
 def _measured_kl(policy: Policy, trajectory: Trajectory, *, guided: bool) -> Tensor:

@@ -80,9 +80,25 @@ def load_resumed(saved_file: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an override changes another key.
     """
-    wanted = load_config(saved_file, overrides)
-    resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)
+    wanted, saved = load_config(saved_file, overrides), load_config(saved_file)
+    refuse_run_keys(saved, overrides)
+    resume_overrides(saved, wanted, saved_file=saved_file)
     return wanted
+
+
+def refuse_run_keys(saved: Config, overrides: Sequence[str]) -> None:
+    """Refuses overrides that give a run to be resumed another name or folder.
+
+    Raises:
+        ConfigError: They do.
+    """
+    kept = {key: value for key, value in _leaves(saved).items() if key.startswith(_SET_BY_FOLDER)}
+    for key, text in parse_overrides(overrides).items():
+        if key in kept and (None if text == "null" else text) != kept[key]:
+            raise ConfigError(
+                f"{SOURCE}: {key}: a run that is resumed stays in its folder and keeps its {key} ({show(kept[key])}); "
+                "leave it out"
+            )
 
 
 def resume_overrides(saved: Config, wanted: Config, *, saved_file: Path) -> list[str]:

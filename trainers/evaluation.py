@@ -19,6 +19,7 @@ from ddpo.input_images import IMAGE
 from rewards import RewardError, WeightedSum
 from rewards.base import check_components
 from trainers.config import Config, EvaluationConfig
+from trainers.decoded import find_non_finite
 from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.plan import share
 from trainers.processes import Processes
@@ -112,7 +113,13 @@ def _identity(prompt: Prompt) -> tuple[str, str]:
 
 
 class Evaluator:
-    """The fixed evaluation set of a run."""
+    """The fixed evaluation set of a run.
+
+    Attributes:
+        sources: Its prompts.
+        prompts: The prompt of each of the E images.
+        batch_size: Images per denoiser call.
+    """
 
     def __init__(
         self,
@@ -123,7 +130,7 @@ class Evaluator:
         processes: Processes,
         progress: Progress,
     ) -> None:
-        """Chooses the prompts: the first `num_prompts`, spread evenly over the source.
+        """Chooses the prompts.
 
         Args:
             config: Size, seed and kinds of sampling.
@@ -132,9 +139,8 @@ class Evaluator:
             processes: Who shares the work.
             progress: Shows the batches.
         """
-        count = min(config.num_prompts, len(prompts))
-        chosen = [prompts[i * len(prompts) // count] for i in range(count)]
-        self.prompts = [prompt for prompt in chosen for _ in range(config.images_per_prompt)]
+        self.sources = chosen_prompts(config, prompts)
+        self.prompts = [prompt for prompt in self.sources for _ in range(config.images_per_prompt)]
         self._config = config
         self.batch_size = batch_size
         self._processes = processes
@@ -201,9 +207,9 @@ class Evaluator:
         for indices in self._progress.track([*own, *[range(0)] * (most - len(own))], label):
             self._processes.safe_point("evaluation")
             # A split network computes with all processes or none: who has no image left makes one that is not used.
-            images, condition, kl = self._sample(policy, indices or range(1), ode=ode)
-            failure = None
-            if indices:
+            images, latents, condition, kl = self._sample(policy, indices or range(1), ode=ode)
+            failure: RewardError | None = find_non_finite(images, latents, condition.prompts)
+            if indices and failure is None:
                 sampled.append({**kl, _IMAGES: (images * 255).round().to(torch.uint8).cpu()})
                 try:
                     for batch in buffer.add(images, condition.prompts, condition.metadata):
@@ -223,14 +229,16 @@ class Evaluator:
             values[name] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
 
-    def _sample(self, policy: Policy, indices: range, *, ode: bool) -> tuple[Tensor, Condition, dict[str, Tensor]]:
-        """Images of some of the set, what they were conditioned on, and their path KL where it was measured."""
+    def _sample(
+        self, policy: Policy, indices: range, *, ode: bool
+    ) -> tuple[Tensor, Tensor, Condition, dict[str, Tensor]]:
+        """Images of some of the set, their latents and condition, and their path KL where it was measured."""
         with policy.noise_free() if ode else nullcontext():
             with_kl = bool(policy.schedule.stochastic_steps)
             trajectory = sample_images(policy, [self.prompts[i] for i in indices], self.seeds(indices), with_kl=with_kl)
             images = policy.decode(trajectory.final)
         kl = {} if trajectory.kl is None else {KL: trajectory.kl.sum(1).cpu().float()}
-        return images, trajectory.condition, kl
+        return images, trajectory.final, trajectory.condition, kl
 
 
 def _scored(batch: ImageBatch, reward: WeightedSum, heldout: WeightedSum | None) -> dict[str, Tensor]:
@@ -284,6 +292,12 @@ def diversity(images: Tensor, images_per_prompt: int) -> Tensor:
     distance = torch.cdist(groups, groups) / math.sqrt(groups.shape[-1])
     pairs = images_per_prompt * (images_per_prompt - 1)
     return distance.sum((1, 2)) / pairs
+
+
+def chosen_prompts(config: EvaluationConfig, source: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of the evaluation set: `num_prompts`, spread evenly over the source."""
+    count = min(config.num_prompts, len(source))
+    return [source[i * len(source) // count] for i in range(count)]
 
 
 def evaluation_prompts(config: Config) -> list[Prompt]:

@@ -18,13 +18,16 @@ from trainers.checkpoint import Tensors, Values, load_checkpoint
 from trainers.config import Config
 from trainers.config_io import load_config
 from trainers.evaluation import Evaluation, Evaluator, Place, evaluation_prompts, place_key, sample_images
+from trainers.from_python import refuse_objects
+from trainers.overoptimisation import best_weights
 from trainers.pictures import side_by_side, to_pil
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
+from trainers.prompt_record import check_evaluated
 from trainers.prompts import Prompt, PromptStream
 from trainers.report import BEFORE_AFTER, shown_inputs, write_comparison
-from trainers.run import RunFolder
+from trainers.run import CONFIG, RunFolder
 from trainers.session import checkpoint_to_resume, load_heldout
 from trainers.state import TrainState
 
@@ -45,7 +48,7 @@ def sample_run(
 ) -> Path:
     """Images of prompts by the pretrained and the fine-tuned model, from the same seeds.
 
-    With the defaults, a prompt of the evaluation set has the very pictures that the evaluation at this checkpoint made.
+    With the defaults, a prompt of the evaluation set has the very pictures that the evaluation of these weights made.
 
     Args:
         run: The run folder.
@@ -54,24 +57,26 @@ def sample_run(
         num_images: Images per prompt.
         images: Input images of a pipeline that edits: one for all prompts, or one for each.
         output: Folder to write to; None for `<run>/samples`.
-        checkpoint: Name of a checkpoint folder; None takes the newest.
+        checkpoint: Name of a checkpoint folder; None takes the newest, or the best weights where those were exported.
         sampler: Whose sampler to use, the evaluation's or training's (`rollout`).
 
     Returns:
         The picture with both side by side; the fine-tuned model's plain images lie beside it.
 
     Raises:
-        ValueError: An input image is missing, cannot be read, or is of no use to the pipeline.
+        ValueError: An input image is missing, cannot be read, or is of no use to the pipeline; the evaluation prompts
+            have changed; or the run was started from Python with objects of its own.
     """
     metadata = _with_images(len(prompts), images)
-    folder = RunFolder.open(run)
-    config = load_config(folder.path / "config.yaml")
+    folder = _open(run)
+    config = load_config(folder.path / CONFIG)
     processes = Processes(device=config.model.device)
+    evaluator = make_evaluator(folder, config, processes, seed=seed)
     contents = load_checkpoint(checkpoint_to_resume(folder, checkpoint))
     state = load_state(config, processes, contents)
+    choose_weights(folder, state, checkpoint, Progress(enabled=processes.is_main))
     chosen = config.evaluation_sampler if sampler == "evaluation" else config.sampler
     policy = state.policy.with_sampler(chosen, seed=config.seed)
-    evaluator = make_evaluator(config, processes, seed=seed)
     prompted = [Prompt(text=text, metadata=entry) for text, entry in zip(prompts, metadata, strict=True)]
     wanted = evaluator.places(prompted, num_images)
     with state.ema.applied():
@@ -96,18 +101,22 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
 
     Args:
         run: The run folder.
-        checkpoint: Name of a checkpoint folder; None takes the newest.
-        output: Folder to write to; None for `<run>/evaluation_<checkpoint>`.
+        checkpoint: Name of a checkpoint folder; None takes the newest, or the best weights where those were exported.
+        output: Folder to write to; None for `<run>/evaluation_<epoch of the weights>`.
 
     Returns:
         The folder written: `summary.txt`, `summary.json` and `before_after.png`.
+
+    Raises:
+        ValueError: The evaluation prompts have changed, or the run was started from Python with objects of its own.
     """
-    folder = RunFolder.open(run)
-    config = load_config(folder.path / "config.yaml")
+    folder = _open(run)
+    config = load_config(folder.path / CONFIG)
     processes = Processes(device=config.model.device)
+    evaluator = make_evaluator(folder, config, processes)
     state = load_state(config, processes, load_checkpoint(checkpoint_to_resume(folder, checkpoint)))
+    shown_weights = choose_weights(folder, state, checkpoint, Progress(enabled=processes.is_main))
     heldout = load_heldout(config, str(processes.device))
-    evaluator = make_evaluator(config, processes)
     policy = state.policy.with_sampler(config.evaluation_sampler, seed=config.seed)
 
     def evaluate(mode: AbstractContextManager[None]) -> Evaluation:
@@ -116,7 +125,7 @@ def evaluate_run(run: Path, *, checkpoint: str | None = None, output: Path | Non
 
     before = evaluate(policy.reference())
     after = evaluate(state.ema.applied())
-    output = output or folder.path / f"evaluation_epoch_{state.epoch:06d}"
+    output = output or folder.path / f"evaluation_{shown_weights}"
     if processes.is_main:
         shown = config.tracking.num_pictures
         table = write_comparison(output, before, after, num_pictures=shown, metadata=evaluator.metadata)
@@ -143,6 +152,30 @@ def load_state(config: Config, processes: Processes, contents: Contents) -> Trai
     return state
 
 
+def choose_weights(folder: RunFolder, state: TrainState, checkpoint: str | None, progress: Progress) -> str:
+    """Says which weights are shown: a checkpoint's, or where a run stopped early the best ones, as it exported them.
+
+    Args:
+        folder: The run folder.
+        state: At a checkpoint; takes the exported weights where those are shown.
+        checkpoint: Its name if it was asked for; None if it is the newest.
+        progress: Shows it.
+
+    Returns:
+        The epoch of the weights, such as `epoch_000010`.
+    """
+    newest = f"epoch_{state.epoch:06d}"
+    best = best_weights(folder.path) if checkpoint is None and state.stops_early else None
+    if best is None:
+        progress.line(f"weights: checkpoint {newest}")
+        return newest
+    state.use(state.policy.read(best))
+    progress.line(
+        f"weights: those of the best evaluation, {best}, as exported; the last ones with --checkpoint {newest}"
+    )
+    return best.name
+
+
 def num_processes_of(contents: Contents) -> int:
     """How many processes wrote a checkpoint: each left its random state."""
     random = contents[1]["rng"]
@@ -150,15 +183,23 @@ def num_processes_of(contents: Contents) -> int:
     return len(random)
 
 
-def make_evaluator(config: Config, processes: Processes, *, seed: int | None = None) -> Evaluator:
-    """The evaluation set of a run, with another noise seed if one is given."""
-    return Evaluator(
+def make_evaluator(folder: RunFolder, config: Config, processes: Processes, *, seed: int | None = None) -> Evaluator:
+    """The evaluation set of a run, with another noise seed if one is given; refuses prompts that have changed."""
+    evaluator = Evaluator(
         config.evaluation if seed is None else replace(config.evaluation, seed=seed),
         evaluation_prompts(config),
         batch_size=config.batch.sample_batch_size,
         processes=processes,
         progress=Progress(enabled=processes.is_main),
     )
+    check_evaluated(folder.path, evaluator.sources)
+    return evaluator
+
+
+def _open(run: Path) -> RunFolder:
+    folder = RunFolder.open(run)
+    refuse_objects(folder.path)
+    return folder
 
 
 def _with_images(count: int, images: Sequence[Path]) -> list[dict[str, object]]:

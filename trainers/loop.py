@@ -6,52 +6,56 @@
 `train` is the Python API; the command line comes in through `train_from_config` and `resume`.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ddpo import Policy
 from ddpo.kl import next_alpha
 from ddpo.objectives import policy_gradient
 from rewards import RewardError, RewardTerm, WeightedSum, as_reward
-from trainers.checkpoint import (
-    checkpoint_epoch,
-    checkpoint_path,
-    latest_checkpoint,
-    prune,
-)
+from trainers.checkpoint import checkpoint_epoch, checkpoint_path, latest_checkpoint, prune
 from trainers.collection import Collected, collect
 from trainers.config import Config
-from trainers.config_io import load_resumed, to_yaml
-from trainers.evaluation import Evaluation
+from trainers.config_io import load_config, load_resumed, to_yaml
+from trainers.ending import finish
+from trainers.from_python import as_saved, objects_of, read_prompts, record_objects, refuse_objects, with_policy
 from trainers.interruption import Interrupted, RunStopped
 from trainers.metrics import Stopwatch
-from trainers.model_card import write_model_card
-from trainers.overoptimisation import best_weights
-from trainers.pictures import caption, grid, save_curves, to_pil, with_inputs
+from trainers.pictures import caption, grid, with_inputs
+from trainers.policies import prepare
 from trainers.processes import Processes
 from trainers.prompts import Prompt, load_prompts
-from trainers.report import BEFORE_AFTER, epoch_line, epoch_row, scalars, shown_inputs, spread, write_comparison
+from trainers.report import epoch_line, epoch_row, scalars, shown_inputs
 from trainers.review import due, evaluate, is_overoptimised, lacks_evaluation
-from trainers.run import RunFolder, read_metrics
+from trainers.run import CONFIG, RunFolder
+from trainers.run_lock import held
 from trainers.scoring import Scorer
-from trainers.session import Session, checkpoint_to_resume, create_run, load_session, make_session, restore
+from trainers.session import (
+    Session,
+    check_epochs,
+    checkpoint_to_resume,
+    create_run,
+    load_heldout,
+    load_session,
+    make_session,
+    restore,
+)
 from trainers.state import TrainState
 from trainers.tracking import Picture
 from trainers.update import UpdateReport, update
 
 IN_EPOCH = ("sampling", "rewards", "training")
-CURVES = ("reward/mean", "kl/path_nats", "policy/clip_fraction", "optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
 
 
 def train(
     policy: Policy,
     *,
     reward: str | Callable[..., object] | WeightedSum,
-    prompts: Sequence[str] | Sequence[Prompt],
+    prompts: Sequence[str] | Sequence[Prompt] | None = None,
     config: Config | None = None,
     heldout: WeightedSum | None = None,
     resume: Path | None = None,
@@ -59,43 +63,52 @@ def train(
     """Fine-tunes a policy.
 
     Args:
-        policy: From `Policy.from_pretrained`; its sampler takes the place of the configuration's.
+        policy: From `Policy.from_pretrained`; its sampler, adapter, precision and source go into the configuration.
         reward: A registered name, `file.py:name`, a function `(images, prompts, metadata) -> (B,)`, or several as a
-            `WeightedSum`.
-        prompts: Training prompts; also the evaluation's, unless `config.evaluation.prompts` says otherwise.
-        config: Everything else; default `Config()`.
-        heldout: Rewards that are measured and not optimised.
+            `WeightedSum`; takes the place of the configuration's.
+        prompts: Training prompts; also the evaluation's, unless `config.evaluation.prompts` says otherwise. Default
+            `config.prompts`.
+        config: Everything else; default `Config()`, on resume the run's own.
+        heldout: Rewards that are measured and not optimised; default `config.heldout_rewards`.
         resume: Continue this run folder from its newest checkpoint instead of starting a new one.
 
     Returns:
         The run folder.
 
     Raises:
+        ConfigError: The configuration contradicts the policy, or on resume the run's own.
         RunStopped: On SIGTERM, SIGUSR1 or Ctrl-C, once the last whole epoch is in a checkpoint.
     """
-    config = replace(config or Config(), sampler=policy.sampler)
+    folder = None if resume is None else RunFolder.open(resume)
+    if config is None:
+        config = Config() if folder is None else load_config(folder.path / CONFIG)
+    config = with_policy(config, policy)
     if config.reward_processes.devices:
         raise ValueError("reward_processes needs rewards by name, from a configuration; train() computes them itself")
-    texts = [prompt if isinstance(prompt, Prompt) else Prompt(text=prompt) for prompt in prompts]
+    config, texts = read_prompts(config, prompts)
+    evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
     if isinstance(reward, str):
         reward = WeightedSum([RewardTerm(name=reward)], device=policy.device)
     total = reward if isinstance(reward, WeightedSum) else WeightedSum.of(as_reward(reward))
-    config = replace(config, rewards=total.terms)
+    heldout = heldout or load_heldout(config, str(policy.device))
+    config = replace(config, rewards=total.terms, heldout_rewards=() if heldout is None else heldout.terms)
     if config.terms != config.rewards:
         missing = ", ".join(term.name for term in config.terms[len(config.rewards) :])
         raise ValueError(f"constraints name {missing}, which the reward lacks; add it to the WeightedSum with weight 0")
-    evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
+    if folder is not None:
+        config = as_saved(config, folder)
+    objects = objects_of(config, policy, total, heldout)
     processes = Processes(device=policy.device.type)
-    if resume is None:
-        run = create_run(config, processes, yaml=to_yaml(config, full=True))
-        session = make_session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=0)
-    else:
-        run = RunFolder.open(resume)
-        source = checkpoint_to_resume(run, None)
-        first_step = checkpoint_epoch(source) + 1
-        session = make_session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=first_step)
-        restore(session, source)
-    return _train(session)
+
+    def make(run: RunFolder, first_step: int) -> Session:
+        prepare(policy, config)
+        if processes.is_main:
+            record_objects(run.path, objects)
+        return make_session(config, policy, total, heldout, texts, evaluated, processes, run, first_step=first_step)
+
+    if folder is not None:
+        return _continue(config, processes, folder, make, checkpoint=None)
+    return _begin(create_run(config, processes, yaml=to_yaml(config, full=True)), processes, make)
 
 
 def train_from_config(config: Config, *, config_yaml: str, stem: str | None = None) -> Path:
@@ -111,7 +124,7 @@ def train_from_config(config: Config, *, config_yaml: str, stem: str | None = No
     """
     processes = Processes(device=config.model.device)
     run = create_run(config, processes, yaml=config_yaml, stem=stem)
-    return _train(load_session(config, processes, run, first_step=0))
+    return _begin(run, processes, partial(load_session, config, processes))
 
 
 def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None = None) -> Path:
@@ -120,7 +133,7 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
     Args:
         run: The run folder.
         overrides: `--key value` tokens for keys that may change (epochs, max_minutes, checkpoints.*, tracking.*,
-            reward_processes.*).
+            distributed.*, reward_processes.*); the run folder keeps them for the next resume.
         checkpoint: Name of the checkpoint folder; None takes the newest.
 
     Returns:
@@ -130,16 +143,47 @@ def resume(run: Path, overrides: Sequence[str] = (), *, checkpoint: str | None =
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged; the message names one to use instead.
+        ConfigError: The configuration ends before the checkpoint, or another key changes.
+        RunError: Another process trains this run, or it was started from Python with objects of its own.
         RunStopped: On a signal, once the last whole epoch is in a checkpoint.
     """
     folder = RunFolder.open(run)
-    config = load_resumed(folder.path / "config.yaml", overrides)
-    nothing = checkpoint is None and latest_checkpoint(folder.path) is None
-    source = None if nothing else checkpoint_to_resume(folder, checkpoint)
+    refuse_objects(folder.path)
+    config = load_resumed(folder.path / CONFIG, overrides)
     processes = Processes(device=config.model.device)
-    session = load_session(config, processes, folder, first_step=0 if source is None else checkpoint_epoch(source) + 1)
-    restore(session, source)
-    return _train(session)
+    return _continue(config, processes, folder, partial(load_session, config, processes), checkpoint=checkpoint)
+
+
+def _begin(run: RunFolder, processes: Processes, make: Callable[[RunFolder, int], Session]) -> Path:
+    """Trains from the start; a session that cannot be made leaves no folder behind."""
+    with held(run, processes):
+        try:
+            session = make(run, 0)
+        except BaseException:
+            if processes.is_main:
+                run.discard_unused()
+            raise
+        with closing(session.tracker):
+            return _train(session)
+
+
+def _continue(
+    config: Config,
+    processes: Processes,
+    run: RunFolder,
+    make: Callable[[RunFolder, int], Session],
+    *,
+    checkpoint: str | None,
+) -> Path:
+    """Trains on from a checkpoint, or from the start where there is none yet."""
+    with held(run, processes):
+        nothing = checkpoint is None and latest_checkpoint(run.path) is None
+        source = None if nothing else checkpoint_to_resume(run, checkpoint)
+        check_epochs(config, source)
+        session = make(run, 0 if source is None else checkpoint_epoch(source) + 1)
+        with closing(session.tracker):
+            restore(session, source)
+            return _train(session)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -163,7 +207,7 @@ def _train(session: Session) -> Path:
                 if isinstance(stop, RewardError):
                     raise
                 raise RunStopped(_farewell(session, stop)) from None
-        _finish(session, stopped=stopped)
+        finish(session, stopped=stopped)
     return session.run.path
 
 
@@ -171,9 +215,14 @@ def _epochs(session: Session, scorer: Scorer) -> bool:
     """Runs the epochs that are left; returns whether over-optimisation ended them early."""
     state, config, processes = session.state, session.state.config, session.processes
     objective = policy_gradient(config.objective)
-    if lacks_evaluation(session):
+    out_of_time = _is_out_of_time(session)
+    if lacks_evaluation(session, last=out_of_time or state.epoch >= config.epochs):
         evaluate(session)
-    out_of_time = stopped = False
+        if state.saved_epoch == state.epoch:
+            _checkpoint(session)  # what the evaluation has found belongs to it
+    stopped = is_overoptimised(session)
+    if out_of_time:
+        session.progress.line(f"max_minutes ({config.max_minutes:g}) are used up: no epoch is trained")
     with session.progress.epochs(state.epoch, config.epochs) as bar:
         for _ in bar:
             if out_of_time or stopped:
@@ -192,8 +241,7 @@ def _epochs(session: Session, scorer: Scorer) -> bool:
             state.alpha = next_alpha(config.kl, state.alpha, collected.path_kl)
             state.multipliers.update(collected.constraints.means)
             state.reward.epoch = state.epoch
-            minutes = state.seconds / 60
-            out_of_time = config.max_minutes is not None and processes.agreed(minutes >= config.max_minutes)
+            out_of_time = _is_out_of_time(session)
             last = out_of_time or state.epoch == config.epochs
             if last or due(state.epoch, config.evaluation.every_epochs):
                 evaluate(session)
@@ -202,6 +250,11 @@ def _epochs(session: Session, scorer: Scorer) -> bool:
             if last or due(state.epoch, config.checkpoints.every_epochs):
                 _checkpoint(session)
     return stopped
+
+
+def _is_out_of_time(session: Session) -> bool:
+    limit, minutes = session.state.config.max_minutes, session.state.seconds / 60
+    return limit is not None and session.processes.agreed(minutes >= limit)
 
 
 @contextmanager
@@ -251,33 +304,3 @@ def _checkpoint(session: Session) -> None:
     state.save(checkpoint_path(session.run.path, state.epoch), session.processes)
     if session.processes.is_main:
         prune(session.run.path, state.config.checkpoints.keep_last)
-
-
-def _finish(session: Session, *, stopped: bool) -> None:
-    """Exports the weights and ends the run with the comparison of its first evaluation and that of these weights."""
-    state, run = session.state, session.run
-    evaluations, best = run.evaluations, best_weights(run.path) if stopped else None
-    if best is None:
-        state.export(run.lora, session.processes)
-    if not session.processes.is_main:
-        return
-    if best is not None:
-        shutil.copytree(best, run.lora, dirs_exist_ok=True)
-        session.progress.line(f"the weights of the best evaluation ({best.name}) are exported, not the last ones")
-    chosen = f"epoch_{state.epoch:06d}" if best is None else best.name
-    texts = session.evaluator.texts
-    before = Evaluation.load(evaluations, "epoch_000000", texts).rescored(state.reward)
-    after = Evaluation.load(evaluations, chosen, texts).rescored(state.reward)
-    shown = state.config.tracking.num_pictures
-    table = write_comparison(run.path, before, after, num_pictures=shown, metadata=session.evaluator.metadata)
-    shutil.copy(run.path / BEFORE_AFTER, run.lora / BEFORE_AFTER)
-    epoch = int(chosen.removeprefix("epoch_"))
-    samples = epoch * state.config.batch.samples_per_epoch
-    write_model_card(
-        run.lora, state.policy, state.config, epoch=epoch, samples=samples, results=table, picture=BEFORE_AFTER
-    )
-    save_curves(read_metrics(run.path), CURVES, run.path / "curves.png")
-    pictures = [Picture(image=to_pil(after.pictures()[i]), caption=texts[i]) for i in spread(len(texts), shown)]
-    session.tracker.images("final", pictures, step=state.epoch)
-    session.tracker.close()
-    print(f"\n{table}\n\npicture: {run.path / BEFORE_AFTER}\nweights: {run.lora}", flush=True)  # noqa: T201

@@ -3,6 +3,7 @@
 It begins with the YAML that the Hugging Face hub reads. The same state gives the same card.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def write_model_card(
 
 def _card(policy: Policy, config: Config, epoch: int, samples: int, results: str, picture: str) -> str:
     base = config.model.path
-    on_hub = base != "shapes" and not Path(base).is_dir()
+    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).is_dir()
     lora = hasattr(policy.denoiser.module, "peft_config")
     data = ModelCardData(
         library_name="diffusers",

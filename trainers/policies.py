@@ -18,12 +18,17 @@ def load_policy(config: Config, device: str) -> Policy:
         quantization=config.model.quantization,
         seed=config.seed,
     )
+    prepare(policy, config)
+    return policy
+
+
+def prepare(policy: Policy, config: Config) -> None:
+    """Does to a policy what a configuration says of memory and compilation."""
     if config.model.gradient_checkpointing:
         policy.gradient_checkpointing()
     policy.save_decoding_memory(slicing=config.model.vae_slicing, tiling=config.model.vae_tiling)
     if config.model.compile:
         policy.compile((config.batch.sample_batch_size, config.batch.train_batch_size))
-    return policy
 
 
 def count_decisions(policy: Policy) -> int:

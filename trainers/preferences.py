@@ -160,17 +160,20 @@ def pictures_of(source: Path) -> "list[Picture]":
 def _write_evaluations(run: Path) -> "list[Picture]":
     from rewards.preferences.pictures import Picture, write_metadata
     from trainers.config_io import load_config
-    from trainers.evaluation import Evaluation, evaluation_prompts
+    from trainers.evaluation import Evaluation, chosen_prompts, evaluation_prompts
+    from trainers.from_python import PROMPTS, refuse_objects
     from trainers.pictures import to_pil
+    from trainers.prompt_record import check_evaluated
 
     config = load_config(run / "config.yaml")
     stems = sorted(path.stem for path in (run / "evaluations").glob("*.safetensors"))
     if not stems:
         raise ValueError(f"{run} has no evaluations, whose pictures could be compared; a run makes one when it starts")
-    prompts = evaluation_prompts(config)
-    count = min(config.evaluation.num_prompts, len(prompts))
-    chosen = [prompts[i * len(prompts) // count].text for i in range(count)]
-    texts = [text for text in chosen for _ in range(config.evaluation.images_per_prompt)]
+    if config.evaluation.prompts is None:
+        refuse_objects(run, only=PROMPTS)
+    chosen = chosen_prompts(config.evaluation, evaluation_prompts(config))
+    check_evaluated(run, chosen)
+    texts = [prompt.text for prompt in chosen for _ in range(config.evaluation.images_per_prompt)]
     folder = run / "evaluations" / "pictures"
     folder.mkdir(exist_ok=True)
     found = []

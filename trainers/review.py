@@ -10,10 +10,15 @@ def due(epoch: int, every: int) -> bool:
     return every > 0 and epoch % every == 0
 
 
-def lacks_evaluation(session: Session) -> bool:
-    """Whether an evaluation is due that there is not: at the start, or where a signal or a reward stopped it."""
+def lacks_evaluation(session: Session, *, last: bool) -> bool:
+    """Whether an evaluation is due that there is not: at the start, or where a signal or a reward stopped it.
+
+    Args:
+        session: The run.
+        last: Whether it is to end here.
+    """
     state, config = session.state, session.state.config
-    wanted = state.epoch in (0, config.epochs) or due(state.epoch, config.evaluation.every_epochs)
+    wanted = last or state.epoch == 0 or due(state.epoch, config.evaluation.every_epochs)
     exists = (session.run.evaluations / f"epoch_{state.epoch:06d}.safetensors").is_file()
     return wanted and not session.processes.agreed(exists)
 
@@ -57,10 +62,8 @@ def _judge(session: Session) -> tuple[list[Finding], bool]:
 
 def is_overoptimised(session: Session) -> bool:
     """Whether to stop, after so many evaluations in a row that found over-optimisation; agreed by all processes."""
-    options, state = session.state.config.evaluation, session.state
-    if not options.stop_on_overoptimisation:
-        return False
-    stop = session.processes.agreed(state.overoptimised >= options.overoptimisation_patience)
+    state = session.state
+    stop = session.processes.agreed(state.stops_early)
     if stop:
         session.progress.line(
             f"stopped at epoch {state.epoch}: over-optimisation in {state.overoptimised} evaluations in a row"

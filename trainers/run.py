@@ -3,17 +3,23 @@
 <output_dir>/<name>/
   config.yaml        the resolved configuration
   environment.json   versions, machine, git commit, command line, start time; one more entry per resume
+  rewards.json       see `trainers.reward_record`
+  prompts.json       see `trainers.prompt_record`
+  objects.json       of a run started from Python, see `trainers.from_python`
   metrics.jsonl      one JSON object per epoch, appended as the run goes
   pictures/          sample grids
   checkpoints/       see `trainers.checkpoint`
   lora/              the final weights, for `pipe.load_lora_weights`
 """
 
+import errno
 import itertools
 import json
 import math
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,9 +56,11 @@ class RunFolder:
     def create(cls, output_dir: str | Path, name: str | None, config_yaml: str, *, stem: str = "run") -> "RunFolder":
         """Makes a new run folder with its configuration and environment, on the main process, before weights load.
 
+        It is written under a hidden name and renamed: a kill leaves no folder that could be neither resumed nor made.
+
         Args:
             output_dir: Parent of all runs; made when missing.
-            name: Folder name, or None for `<UTC time>_<stem>`, with a counter if that is taken.
+            name: Folder name, of none yet or an empty one, or None for `<UTC time>_<stem>`, with a counter if taken.
             config_yaml: The resolved configuration as text.
             stem: What the run is called after: the configuration file without its suffix, or the first reward.
 
@@ -66,19 +74,28 @@ class RunFolder:
             )
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            path = _make_named(output_dir / name) if name else _make_numbered(output_dir, _default_name(stem))
-            run = cls(path=path)
-            (path / CONFIG).write_text(config_yaml)
-            _write_json(path / ENVIRONMENT, describe_environment())
-            run.metrics_path.touch()
-            for folder in (run.pictures, run.checkpoints):
-                folder.mkdir()
+            partial = cls(path=output_dir / f".partial_{uuid.uuid4().hex}")
+            try:
+                partial._fill(config_yaml)
+                made = _named(partial.path, output_dir / name) if name else _numbered(partial.path, _default_name(stem))
+            except BaseException:
+                shutil.rmtree(partial.path, ignore_errors=True)
+                raise
         except OSError as error:
             reason = error.strerror or str(error)
             raise RunError(
                 f"cannot write a run folder in {output_dir}: {reason}; choose a writable one with --run.output_dir"
             ) from error
-        return run
+        return cls(path=made)
+
+    def _fill(self, config_yaml: str) -> None:
+        """Makes the folder and what a new run has; the configuration, by which a run folder is known, last."""
+        self.path.mkdir()
+        _write_json(self.path / ENVIRONMENT, describe_environment())
+        self.metrics_path.touch()
+        for folder in (self.pictures, self.checkpoints):
+            folder.mkdir()
+        self.save_config(config_yaml)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -86,7 +103,7 @@ class RunFolder:
         path = Path(path)
         if not (path / CONFIG).is_file():
             parent = path if path.is_dir() else path.parent
-            runs = sorted(config.parent.name for config in parent.glob(f"*/{CONFIG}"))
+            runs = sorted(config.parent.name for config in parent.glob(f"[!.]*/{CONFIG}"))
             known = f"; the runs in {parent} are {', '.join(runs)}" if runs else ""
             raise RunError(f"{path} is not a run folder (no {CONFIG} in it){known}")
         return cls(path=path)
@@ -122,8 +139,20 @@ class RunFolder:
         return self.path / "lora"
 
     def config_yaml(self) -> str:
-        """The configuration the run was started with."""
+        """The configuration the run was started with, or resumed with since."""
         return (self.path / CONFIG).read_text()
+
+    def save_config(self, config_yaml: str) -> None:
+        """Replaces the configuration at once."""
+        _write_text(self.path / CONFIG, config_yaml)
+
+    def discard_unused(self) -> None:
+        """Removes the folder, so that its name is free again, unless it has a finished epoch or a checkpoint."""
+        if self.metrics_path.stat().st_size or any(self.checkpoints.iterdir()):
+            return
+        hidden = self.path.with_name(f".removed_{uuid.uuid4().hex}")
+        self.path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def note_resume(self, checkpoint: str) -> None:
         """Adds the present environment, and the checkpoint taken up, to environment.json."""
@@ -206,30 +235,37 @@ def _default_name(stem: str) -> str:
     return f"{datetime.now(UTC):%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', stem)}"
 
 
-def _make_named(path: Path) -> Path:
-    try:
-        path.mkdir()
-    except FileExistsError as error:
+def _named(partial: Path, path: Path) -> Path:
+    if not _renamed(partial, path):
         raise RunError(
             f"{path} exists already: choose another --run.name, or continue that run with `ddpo train --resume {path}`"
-        ) from error
+        )
     return path
 
 
-def _make_numbered(output_dir: Path, name: str) -> Path:
-    """The first free of name, name-2, name-3, ...; made atomically, since several runs may start in one second."""
-    for counter in itertools.count(1):
-        path = output_dir / (name if counter == 1 else f"{name}-{counter}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError("unreachable")
+def _numbered(partial: Path, name: str) -> Path:
+    """Under the first free of name, name-2, name-3, ...; taken atomically, since several runs may start in a second."""
+    names = itertools.chain([name], (f"{name}-{counter}" for counter in itertools.count(2)))
+    return next(path for path in map(partial.with_name, names) if _renamed(partial, path))
+
+
+def _renamed(folder: Path, path: Path) -> bool:
+    """Renames a folder, unless there is a file or a folder that is not empty; returns whether it did."""
+    try:
+        folder.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _write_json(path: Path, value: object) -> None:
-    """Writes indented JSON that replaces the file at once."""
+    _write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a text that replaces the file at once."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)

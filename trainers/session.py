@@ -7,18 +7,26 @@ from pathlib import Path
 
 from ddpo import Policy
 from rewards import WeightedSum
-from trainers.checkpoint import CheckpointError, discard_after, latest_checkpoint, load_checkpoint
+from trainers.checkpoint import (
+    CheckpointError,
+    checkpoint_epoch,
+    discard_after,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from trainers.config import Config
+from trainers.config_io import ConfigError, load_config, to_yaml
 from trainers.evaluation import Evaluator, evaluation_prompts
 from trainers.overoptimisation import discard_evaluations
 from trainers.plan import BatchPlan, check_whole_groups, expected_plan, make_plan
 from trainers.policies import count_decisions, load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
+from trainers.prompt_record import record_prompts
 from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.reward_processes import start_rewards
 from trainers.reward_record import record_rewards
-from trainers.run import RunFolder
+from trainers.run import CONFIG, RunFolder
 from trainers.sharding import distribute
 from trainers.state import TrainState
 from trainers.tracking import Tracker, open_trackers
@@ -68,7 +76,7 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
     return made or RunFolder(path=Path(path))
 
 
-def load_session(config: Config, processes: Processes, run: RunFolder, *, first_step: int) -> Session:
+def load_session(config: Config, processes: Processes, run: RunFolder, first_step: int) -> Session:
     """Loads rewards, prompts and the policy of a configuration."""
     device = str(processes.device)
     if config.reward_processes.devices:
@@ -126,11 +134,19 @@ def make_session(
     )
     if reward.groupwise:
         check_whole_groups(plan)
+    progress = Progress(enabled=processes.is_main)
+    evaluator = Evaluator(
+        config.evaluation,
+        evaluated,
+        batch_size=config.batch.sample_batch_size,
+        processes=processes,
+        progress=progress,
+    )
+    record_prompts(run.path, prompts, evaluator.sources, processes, progress)
     evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
     distribute(policy, config.distributed, processes)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
     state = TrainState.start(config, policy, reward, stream)
-    progress = Progress(enabled=processes.is_main)
     expected = expected_plan(config, num_processes=processes.count, rank=processes.rank)
     if plan != replace(expected, steps_known=True, rows_known=True):
         progress.line(f"the plan, now that the pipeline is loaded:\n{plan.describe()}")
@@ -141,13 +157,7 @@ def make_session(
         plan=plan,
         processes=processes,
         progress=progress,
-        evaluator=Evaluator(
-            config.evaluation,
-            evaluated,
-            batch_size=config.batch.sample_batch_size,
-            processes=processes,
-            progress=progress,
-        ),
+        evaluator=evaluator,
         evaluated=evaluation_policy,
         heldout=heldout,
         tracker=open_trackers(
@@ -171,8 +181,25 @@ def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
     return source
 
 
+def check_epochs(config: Config, source: Path | None) -> None:
+    """Refuses a configuration that ends before the checkpoint to go on from.
+
+    Raises:
+        ConfigError: It does.
+    """
+    done = 0 if source is None or not source.is_dir() else checkpoint_epoch(source)
+    if done > config.epochs:
+        raise ConfigError(
+            f"epochs must be at least {done}, which {source} has finished, got {config.epochs}; give more with "
+            f"--epochs, or go on from an earlier one with --checkpoint"
+        )
+
+
 def restore(session: Session, source: Path | None) -> None:
-    """Puts a session where a checkpoint left it, or at its start, and the run folder's records with it."""
+    """Puts a session where a checkpoint left it, or at its start, and the run folder's records with it.
+
+    What was changed in the configuration is kept for the next resume.
+    """
     run, processes = session.run, session.processes
     if source is not None:
         session.state.load(*load_checkpoint(source), processes)
@@ -181,6 +208,8 @@ def restore(session: Session, source: Path | None) -> None:
         run.truncate_metrics(session.state.epoch)
         discard_after(run.path, session.state.epoch)
         discard_evaluations(run.evaluations, session.state.epoch)
+        if session.state.config != load_config(run.path / CONFIG):
+            run.save_config(to_yaml(session.state.config, full=True))
     where = "the start: there is no checkpoint yet" if source is None else f"{source} after epoch {session.state.epoch}"
     session.progress.line(f"resumed from {where}")
     processes.wait()

@@ -107,6 +107,12 @@ class TrainState:
             alpha=config.kl.alpha,
         )
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether enough evaluations in a row have found over-optimisation to stop; the main process knows."""
+        options = self.config.evaluation
+        return options.stop_on_overoptimisation and self.overoptimised >= options.overoptimisation_patience
+
     def save(self, folder: Path, processes: Processes) -> None:
         """Writes a checkpoint; called on every process, written by the main one, with all tensors whole."""
         rng_tensors, rng_values = rng_state()
@@ -172,6 +178,10 @@ class TrainState:
         rank = str(processes.rank)
         if rank in values["rng"]:
             set_rng_state(tensors[f"rng_{rank}"], values["rng"][rank])
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes other weights, whole, for the trained ones and their average."""
+        self._load_weights({"weights": weights, **({"ema": weights} if self.ema.average else {})})
 
     def _set_values(self, values: Mapping[str, Any]) -> None:
         if self.scaler.is_enabled():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.lora import default_targets
 from ddpo.validation import FieldError
+from tests.ddpo.test_families import make as make_family
 from tests.ddpo.tools import PROMPTS, SIZE, make_policy, perturb, prior
 from tests.tiny import tiny_stable_diffusion
 
@@ -91,6 +92,33 @@ def test_a_saved_adapter_gives_our_images_in_a_stock_pipeline(tmp_path):
     stock.load_lora_weights(str(tmp_path))
     theirs = stock(PROMPTS, latents=latents, guidance_scale=5.0, num_inference_steps=4, output_type="pt", **SIZE).images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_policy(adapter=LoraConfig(rank=4, alpha=8.0)),
+        lambda: make_policy(adapter=LoraConfig(rank=4, alpha=6.0)),
+        lambda: make_policy(adapter=FullConfig()),
+        lambda: make_family("pixart"),
+    ],
+    ids=["lora", "scale that is no power of two", "full", "peft format"],
+)
+def test_saved_weights_are_read_back(tmp_path, make):
+    policy = make()
+    perturb(policy)
+    policy.save(tmp_path)
+    read, trained = policy.read(tmp_path), policy.trainable()
+    assert read.keys() == trained.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(read[name], value.detach(), rtol=2e-7, atol=0)
+
+
+def test_weights_of_another_adapter_are_not_read(tmp_path):
+    make_policy(adapter=LoraConfig(rank=4)).save(tmp_path)
+    other = make_policy(adapter=LoraConfig(rank=4, target_modules=("conv1",)))
+    with pytest.raises(ValueError, match="holds other weights than this policy trains: unet.*conv1.* is missing"):
+        other.read(tmp_path)
 
 
 def test_a_saved_adapter_holds_nothing_but_the_adapter(tmp_path):

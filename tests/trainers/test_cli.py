@@ -167,6 +167,7 @@ def test_help_imports_nothing_heavy():
             "evaluation.stop_on_overoptimisation: must be false without heldout_rewards",
         ),
         (["--resume", "nowhere"], "nowhere: is no run folder (no config.yaml in it)"),
+        (["x.yaml", "--checkpoint", "epoch_000001"], "--checkpoint names where to continue a run: it goes with --res"),
     ],
 )
 def test_bad_input_to_train_is_one_line_and_status_2(config_file, calls, capsys, arguments, message):
@@ -224,6 +225,22 @@ def test_resume_with_a_changed_config_lists_the_keys(run_folder, calls, capsys):
     message = error_of(capsys, "train", "x.yaml", "--adapter.rank", "4", "--resume", str(run_folder))
     assert "adapter.rank (saved 16, now 4)" in message
     assert calls == []
+
+
+@pytest.mark.parametrize("given", [[], ["x.yaml"]])
+def test_resume_under_another_name_is_refused(run_folder, calls, capsys, given):
+    arguments = ["train", *given, "--resume", str(run_folder)]
+    message = error_of(capsys, *arguments, "--run.name", "other")
+    assert message.startswith("error: command line: run.name: a run that is resumed stays in its folder")
+    assert "run.output_dir" in error_of(capsys, *arguments, "--run.output_dir", "elsewhere")
+    assert calls == []
+    assert main([*arguments, "--run.name", "null", "--run.output_dir", "runs"]) == 0
+
+
+def test_resume_with_a_config_of_another_name_is_the_same_run(run_folder, calls):
+    Path("y.yaml").write_text(TINY + "run: {name: other}\n")
+    assert main(["train", "y.yaml", "--resume", str(run_folder)]) == 0
+    assert calls == [("resume", (run_folder, []), {"checkpoint": None})]
 
 
 def test_a_reward_that_fails_in_training_is_one_line(config_file, calls, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The training loop on a tiny random pipeline: what a run leaves, and that it can be stopped at any point."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+import trainers.collection
+import trainers.loop
 from ddpo import LoraConfig, Policy, SamplerConfig, rollout, sample_seeds
 from rewards import RewardError
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import ROOT, environment, launch, reproducible, weights, write_config
+from tests.trainers.world import command, in_processes
 from trainers.checkpoint import list_checkpoints
 from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.config_io import load_config, to_yaml
+from trainers.decoded import ImageError
 from trainers.loop import resume, train, train_from_config
 from trainers.metrics import StepMeans
 from trainers.processes import Processes
@@ -266,6 +271,66 @@ def test_a_reward_that_fails_names_itself_and_the_prompt(tmp_path: Path) -> None
             prompts=["a cat", "a dog"],
             config=small(run=RunConfig(output_dir=str(tmp_path))),
         )
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("images", "the VAE gave them for finite latents.*bf16 or fp32"), ("latents", "their latents are so already")],
+)
+def test_images_that_are_not_finite_end_the_run_and_keep_the_finished_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, message: str
+) -> None:
+    policy, exact, real = tiny_policy(), Policy.decode, trainers.collection.rollout
+    finished = iter([False, True])
+    broken = False
+
+    def decode(self, latents, **options):  # type: ignore[no-untyped-def]
+        images = exact(self, latents, **options)
+        return images.index_fill(0, torch.tensor([1]), math.nan) if broken else images
+
+    def rollout_of_the_second_epoch(*arguments, **options):  # type: ignore[no-untyped-def]
+        nonlocal broken
+        broken = next(finished)
+        trajectory = real(*arguments, **options)
+        if broken and where == "latents":
+            trajectory.latents[1, -1] = math.nan
+        return trajectory
+
+    monkeypatch.setattr(Policy, "decode", decode)
+    monkeypatch.setattr(trainers.collection, "rollout", rollout_of_the_second_epoch)
+    config = small(epochs=3, run=RunConfig(output_dir=str(tmp_path), name="nan"))
+    with pytest.raises(ImageError, match=rf"1 of 4 images .* of prompt 'a (cat|dog)'; {message}"):
+        train(policy, reward="brightness", prompts=["a cat", "a dog"], config=config)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "nan")] == [1]
+    assert [path.name for path in list_checkpoints(tmp_path / "nan")] == ["epoch_000001"]
+
+
+def test_images_that_are_not_finite_on_one_of_two_processes_stop_both_with_the_last_epoch_saved(tmp_path: Path) -> None:
+    tiny_stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=True)
+    config = write_config(tmp_path, tmp_path / "model")
+    arguments = ["train", str(config), "--run.name", "nan"]
+    statuses = in_processes(train_with_nan_on_rank_1, arguments, count=2, log=tmp_path / "log")
+    for rank in (0, 1):
+        assert "the VAE gave them for finite latents" in (tmp_path / f"log.{rank}").read_text()
+    assert statuses == [2, 2]
+    assert [path.name for path in list_checkpoints(tmp_path / "runs" / "nan")] == ["epoch_000001"]
+
+
+def train_with_nan_on_rank_1(arguments: list[str]) -> None:
+    """The body of a process: the command, with a NaN in an image of the second epoch on the second process."""
+    exact, collect, epochs = Policy.decode, trainers.loop.collect, []
+
+    def counted(*positional: object) -> object:
+        epochs.append(1)
+        return collect(*positional)
+
+    def decode(self, latents, **options):  # type: ignore[no-untyped-def]
+        images = exact(self, latents, **options)
+        return images * math.nan if len(epochs) == 2 and os.environ["RANK"] == "1" else images
+
+    trainers.loop.collect = counted
+    Policy.decode = decode
+    command(arguments)
 
 
 def test_reinforce_follows_the_reward_with_a_large_step(tmp_path: Path) -> None:

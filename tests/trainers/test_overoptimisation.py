@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from torchvision.transforms.functional import pil_to_tensor
 
+import trainers.review
 from ddpo import LoraConfig, Policy, SamplerConfig
 from rewards import Reward, RewardTerm, WeightedSum, resolve
 from tests.tiny import tiny_stable_diffusion
+from tests.trainers.loop_helpers import write_config
 from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
-from trainers.loop import train
+from trainers.config_io import load_config, to_yaml
+from trainers.finished import evaluate_run, sample_run
+from trainers.loop import resume, train, train_from_config
 from trainers.overoptimisation import best_epoch, evaluation_epochs, find, heldout_signs, paired_z
 from trainers.run import read_metrics
 
@@ -125,3 +131,40 @@ def test_a_run_whose_held_out_reward_is_the_opposite_warns_stops_and_exports_the
         for folder in (run / "best" / f"epoch_{best:06d}", run / "lora")
     )
     assert kept.keys() == exported.keys() and all(torch.equal(kept[name], exported[name]) for name in kept)
+
+
+def test_evaluate_and_sample_show_the_exported_weights_and_a_resume_does_not_train_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose first epoch is judged the best, and the two after it over-optimised."""
+
+    def judge(session):  # type: ignore[no-untyped-def]
+        session.state.overoptimised = max(0, session.state.epoch - 1)
+        return [], session.state.epoch == 1
+
+    monkeypatch.setattr(trainers.review, "_judge", judge)
+    tiny_stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=True)
+    overrides = [
+        "--evaluation.stop_on_overoptimisation", "true", "--evaluation.every_epochs", "1", "--evaluation.ode", "false",
+        "--adapter.alpha", "4", "--optimizer.learning_rate", "2e-2", "--epochs", "9", "--run.name", "greedy",
+    ]  # fmt: skip
+    config = load_config(write_config(tmp_path, tmp_path / "model"), overrides)
+    run = train_from_config(config, config_yaml=to_yaml(config, full=True))
+    assert [row["epoch"] for row in read_metrics(run)] == [1, 2, 3]
+    kept = load_file(run / "best" / "epoch_000001" / "pytorch_lora_weights.safetensors")
+    exported = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(kept[name], exported[name]) for name in kept)
+    shown = {epoch: load_file(run / "evaluations" / f"epoch_{epoch:06d}.safetensors") for epoch in (1, 3)}
+    assert not torch.equal(shown[1]["images"], shown[3]["images"])
+    for checkpoint, epoch in ((None, 1), ("epoch_000003", 3)):
+        capsys.readouterr()
+        sample_run(run, prompts=["a cat"], num_images=2, checkpoint=checkpoint)
+        assert f"epoch_00000{epoch}" in capsys.readouterr().err.partition("weights: ")[2].partition(";")[0]
+        pictures = [pil_to_tensor(Image.open(run / "samples" / f"{i:03d}.png")) for i in range(2)]
+        assert torch.equal(torch.stack(pictures), shown[epoch]["images"][:2])
+        folder = evaluate_run(run, checkpoint=checkpoint)
+        assert folder.name == f"evaluation_epoch_00000{epoch}"
+        after = json.loads((folder / "summary.json").read_text())["brightness"]["after"]["mean"]
+        assert after == pytest.approx(float(shown[epoch]["value.brightness"].double().mean()), rel=1e-6)
+    resume(run)
+    assert len(read_metrics(run)) == 3

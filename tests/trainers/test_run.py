@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.trainers.loop_helpers import ROOT
 from trainers.config import Config, RunConfig
 from trainers.environment import git_state
 from trainers.processes import Processes
@@ -40,6 +41,54 @@ def test_create_writes_config_environment_and_folders(run):
     assert set(environment["packages"]) >= {"torch", "diffusers", "transformers", "accelerate", "peft"}
     assert environment["device"]["names"]
     assert environment["command"]
+
+
+def test_a_kill_while_the_folder_is_made_blocks_nothing(tmp_path):
+    """A process that is killed inside `create`, and another that makes the run after it."""
+    script = (
+        "import os, sys, trainers.run\n"
+        "trainers.run.describe_environment = lambda: os.kill(os.getpid(), 9)\n"
+        "trainers.run.RunFolder.create(sys.argv[1], 'first', 'seed: 3\\n')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    assert not (tmp_path / "first").exists()
+    run = RunFolder.create(tmp_path, "first", "seed: 4\n")
+    assert RunFolder.open(tmp_path / "first").config_yaml() == "seed: 4\n"
+    run.note_resume("none")
+
+
+def test_an_error_while_the_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("no environment")
+
+    monkeypatch.setattr("trainers.run.describe_environment", fail)
+    with pytest.raises(RuntimeError, match="no environment"):
+        RunFolder.create(tmp_path, "first", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_or_a_file_of_the_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert RunFolder.create(tmp_path, "empty", "").path == tmp_path / "empty"
+    with pytest.raises(RunError, match="file exists already"):
+        RunFolder.create(tmp_path, "file", "")
+
+
+def test_only_an_unused_run_is_discarded(tmp_path):
+    trained, saved, unused = (RunFolder.create(tmp_path, name, "") for name in ("trained", "saved", "unused"))
+    trained.append_metrics({"epoch": 1})
+    (saved.checkpoints / "epoch_000000").mkdir()
+    for run in (trained, saved, unused):
+        run.discard_unused()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "trained"]
+
+
+def test_a_new_configuration_replaces_the_old_one_at_once(run):
+    run.save_config("seed: 5\n")
+    assert run.config_yaml() == "seed: 5\n"
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_resumes_are_added_to_the_environment(run):

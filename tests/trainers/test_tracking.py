@@ -300,6 +300,19 @@ def test_tensorboard_hides_steps_beyond_the_checkpoint_taken_up(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 1.0), (2, 20.0)]
 
 
+def test_tensorboard_shows_what_was_logged_while_the_run_goes_on(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = open_one("tensorboard", tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    tracker.histogram("scores", [0.1, 0.2], 3)
+    events.Reload()
+    assert events.Tags()["histograms"] == ["scores"]
+    tracker.images("samples", PICTURES, 3)
+    events.Reload()
+    assert len(events.Tags()["images"]) == 3
+    tracker.close()
+
+
 def test_tensorboard_has_captioned_images_and_histograms(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tracker = open_one("tensorboard", tmp_path / "run")

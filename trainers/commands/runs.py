@@ -18,7 +18,7 @@ def add_run_commands(commands: argparse._SubParsersAction) -> None:
 
 _SAMPLE_EPILOG = """\
 The sampler is the evaluation's (evaluation.sampler: steps, size, guidance, noise), so that a prompt of the evaluation
-set has the same pictures, bit for bit, as in the evaluation at that checkpoint; --sampler rollout takes training's.
+set has the same pictures, bit for bit, as in the evaluation of those weights; --sampler rollout takes training's.
 """
 
 
@@ -44,13 +44,13 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--num-images", type=positive, default=4, help="images per prompt (default 4)")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/samples)")
-    parser.add_argument("--checkpoint", help="name of a checkpoint (default: the newest)")
+    parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = command(commands, "evaluate", _evaluate, "rewards, KL and diversity on fixed prompts and seeds")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--checkpoint", help="name of a checkpoint (default: the newest)")
+    parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
     parser.add_argument("--output", type=Path, help="folder to write (default: in the run folder)")
 
 

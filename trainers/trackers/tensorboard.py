@@ -27,10 +27,12 @@ class TensorboardTracker(Tracker):
         for index, picture in enumerate(pictures):
             image = np.asarray(captioned(picture.image, picture.caption))
             self._writer.add_image(f"{key}/{index}", image, step, dataformats="HWC")
+        self._writer.flush()
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """A histogram."""
         self._writer.add_histogram(key, np.asarray(values, dtype=np.float64), step)
+        self._writer.flush()
 
     def identity(self) -> Identity:
         """The folder is the run's own: only the fact that it was begun is kept."""
