@@ -20,7 +20,7 @@ from rewards import WeightedSum
 from trainers.collection import collect
 from trainers.config_io import load_config
 from trainers.metrics import Stopwatch
-from trainers.plan import KL_SAMPLES, BatchPlan, make_plan
+from trainers.plan import BatchPlan, kl_samples, make_plan
 from trainers.policies import load_policy
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -53,7 +53,7 @@ def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: boo
                         call(rows, k)
             first += size
         if not penalised:
-            few = torch.arange(min(KL_SAMPLES, len(prompts)))
+            few = torch.arange(min(kl_samples(1), len(prompts)))
             for k in policy.schedule.stochastic_steps:
                 call(few, k)
             with policy.reference():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,8 +27,8 @@ def list_rewards(verbose: bool = False) -> str:
     """Every reward that can be named, with its range and whether it is differentiable.
 
     Args:
-        verbose: a paragraph for each in place of a row: also typical scores, the pip extra needed, licence, origin and
-            where it is defined.
+        verbose: a paragraph for each in place of a row: also typical scores, the pip extra needed, licence, origin,
+            where it is defined, and its options.
     """
     entries = available().items()
     if verbose:
@@ -54,18 +56,25 @@ def _markdown_row(noted: Registration) -> list[str]:
     return [cell.replace("|", "\\|") for cell in (*cells, card.origin)]
 
 
-def score(name: str, image_paths: Sequence[str | Path], prompt: str | Sequence[str] | None = None) -> str:
+def score(
+    name: str,
+    image_paths: Sequence[str | Path],
+    prompt: str | Sequence[str] | None = None,
+    *,
+    options: Mapping[str, object] | None = None,
+) -> str:
     """A table of the scores of image files, one row each, with components; a mean row for several.
 
     Args:
         name: any name `rewards.resolve` understands.
         image_paths: files or patterns such as `pictures/*.png`.
         prompt: what the images should show: one for all or one for each; empty when None.
+        options: keyword arguments for a reward class.
 
     Raises:
         ValueError: no such file, not an image, a pattern without matches, or prompts that do not fit.
     """
-    reward = resolve(name)
+    reward = resolve(name, options=options or {})
     paths = expand(image_paths)
     prompts = _prompts(prompt, len(paths))
     names, rows = _score_group(reward, paths, prompts) if reward.groupwise else _score_each(reward, paths, prompts)
@@ -214,7 +223,22 @@ def _paragraph(name: str, origin: str) -> str:
         "defined in": noted.source,
     }
     lines = [f"  {label:<12} {fact}" for label, fact in facts.items() if fact]
-    return "\n".join([f"{name}: {_describe(noted)}", *lines])
+    return "\n".join([f"{name}: {_describe(noted)}", *lines, *_option_lines(noted)])
+
+
+def _option_lines(noted: Registration) -> list[str]:
+    """A line for each option of a reward class, with its default and what its docstring says of it."""
+    if not inspect.isclass(noted.target):
+        return []
+    _, _, documented = (inspect.getdoc(noted.target) or "").partition("Args:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", documented, flags=re.MULTILINE)
+    about = {option: " ".join(text.split()) for option, text in found}
+    lines = []
+    for option, parameter in inspect.signature(noted.target).parameters.items():
+        if option != "device":
+            default = "required" if parameter.default is parameter.empty else f"default {parameter.default!r}"
+            lines.append(f"  {'option':<12} {option} ({default}): {about.get(option, '')}".removesuffix(": "))
+    return lines
 
 
 def _format_extra(card: Card) -> str:

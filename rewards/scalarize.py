@@ -215,7 +215,9 @@ def _part(owner: str, term: Term) -> Part:
     valid = [entry.name for entry in fields(Part)]
     unknown = [key for key in term if key not in valid] if isinstance(term, Mapping) else ["?"]
     if unknown or "name" not in term:
-        raise ValueError(f"reward {owner!r}: a term is a mapping with name and optionally {valid[1:]}, got {term!r}")
+        raise ValueError(
+            f"reward {owner!r}: a term is a mapping with name and optionally {', '.join(valid[1:])}, got {term!r}"
+        )
     numbers = {key: term[key] for key in ("weight", "ideal", "low", "high") if term.get(key) is not None}
     wrong = [key for key, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
     if wrong:

@@ -16,7 +16,7 @@ from rewards.base import check_components
 from trainers.decoded import find_non_finite
 from trainers.metrics import Stopwatch
 from trainers.objective import Pressure, explained, objective_scores, potential, pressure
-from trainers.plan import KL_SAMPLES, BatchPlan
+from trainers.plan import BatchPlan, kl_samples
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.scoring import Scorer, fail_together
@@ -109,7 +109,7 @@ def collect(
     fail_together(processes, failure)
     trajectory = Trajectory.concatenate(parts)
     with clock("sample"):
-        kl = trajectory.kl if measured else _measured_kl(state.policy, trajectory, guided=guided)
+        kl = trajectory.kl if measured else _measured_kl(state.policy, trajectory, processes, guided=guided)
     assert kl is not None
     with clock("reward"):
         scores = _gather_scores(_collect_scores(scorer, processes), processes)
@@ -181,8 +181,8 @@ def _submit_prediction(
     return _submit(scorer, images, predicted, part.condition, queue=k)
 
 
-def _measured_kl(policy: Policy, trajectory: Trajectory, *, guided: bool) -> Tensor:
-    return path_kl(policy, trajectory.first(KL_SAMPLES).to(policy.device), guided=guided)
+def _measured_kl(policy: Policy, trajectory: Trajectory, processes: Processes, *, guided: bool) -> Tensor:
+    return path_kl(policy, trajectory.first(kl_samples(processes.count)).to(policy.device), guided=guided)
 
 
 def _collect_scores(scorer: Scorer, processes: Processes, queue: int = -1) -> Scores:

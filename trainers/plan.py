@@ -20,7 +20,7 @@ from ddpo.samplers import FLOW_ONLY, SamplerConfig
 from trainers.config import Config
 from trainers.estimate.architectures import stacks_guidance
 
-KL_SAMPLES = 16  # per process, on which the KL is measured when it has no weight
+KL_SAMPLES = 16  # over all processes, on which the KL is measured when it has no weight
 
 
 class PlanError(ValueError):
@@ -247,7 +247,12 @@ def _reference_rows(config: Config, samples: int, num_processes: int, rows: int,
     """With a KL weight the `rows` of every sample and of training; without, a few samples', twice, to report it."""
     if config.weighs_kl:
         return config.batch.samples_per_epoch * rows + training_rows
-    return 2 * min(KL_SAMPLES, samples) * num_processes * rows
+    return 2 * min(kl_samples(num_processes), samples) * num_processes * rows
+
+
+def kl_samples(num_processes: int) -> int:
+    """Images of a process, if it has as many, on which the KL is measured when it has no weight."""
+    return -(-KL_SAMPLES // num_processes)
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:

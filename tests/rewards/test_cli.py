@@ -34,6 +34,13 @@ def test_verbose_list_shows_sources():
     assert re.search(r"^  defined in +rewards.color.brightness \(.*color.py:\d+\)$", listing, re.M)
 
 
+def test_verbose_list_shows_every_option_of_a_class_with_its_default():
+    paragraphs = {text.partition(":")[0]: text for text in list_rewards(verbose=True).split("\n\n")}
+    assert "option       model (default 'ViT-L-14-quickgelu'): architecture of open_clip" in paragraphs["clip_score"]
+    assert re.search(r"option +terms \(required\): \w+", paragraphs["chebyshev"])
+    assert "option" not in paragraphs["brightness"]
+
+
 def test_a_broken_plug_in_is_listed_as_unavailable(monkeypatch):
     from importlib.metadata import EntryPoint
 
@@ -49,6 +56,13 @@ def test_score_prints_a_row_per_image_and_the_mean(folder):
     assert lines[0].split() == ["image", "brightness"]
     assert [line.split()[-1] for line in lines[2:]] == ["0.0000", "0.4000", "1.0000", "0.4667"]
     assert lines[-1].startswith("mean")
+
+
+def test_score_takes_options(folder):
+    picture = [folder / "b.png"]
+    terms = [{"name": "brightness", "low": 0.0, "high": 1.0}]
+    scored = score("geometric", picture, options={"terms": terms}).splitlines()[-1].split()
+    assert scored[1] == score("brightness", picture).splitlines()[-1].split()[1]
 
 
 def test_score_shows_components_and_passes_prompts(folder):

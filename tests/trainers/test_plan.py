@@ -155,10 +155,10 @@ def test_rows_follow_ddpos_published_run():
     """256 images, 50 steps, guidance in both phases: 51,200 rows (x .803 and 1.714 TFLOP = 65 PFLOP with backward)."""
     plan = make_plan(a_config(group=2, updates_per_epoch=4), num_processes=8, num_stochastic=50)
     assert plan.sampling_rows == plan.training_rows == 25_600
-    assert plan.reference_rows == 25_600
+    assert plan.reference_rows == 3_200, "16 images over all processes, twice, with guidance"
     assert plan.shares == (13, 13, 12, 12)
     assert plan.transitions_per_update == (416, 416, 384, 384)
-    assert plan.denoiser_rows_per_epoch == 76_800
+    assert plan.denoiser_rows_per_epoch == 54_400
 
 
 def test_guidance_and_kl_change_the_rows():
@@ -183,7 +183,7 @@ def test_the_description_reads_as_a_table():
         "training      5 of 10 stochastic steps per image; 2 updates x 1 inner epoch, steps an update: 3 + 2",
         "an update     408 + 272 transitions per process",
         "              in 4 + 3 micro-batches of 128 per process",
-        "denoiser rows 9,440 per epoch = 5,440 sampling + 2,720 training + 1,280 reference",
+        "denoiser rows 8,800 per epoch = 5,440 sampling + 2,720 training + 640 reference",
         "run           3 epochs, 6 optimizer steps, 816 images",
     ]
 

@@ -12,12 +12,13 @@ def add_reward_commands(commands: argparse._SubParsersAction) -> None:
     rewards = commands.add_parser("rewards", help="list, score, test or serve rewards, or learn one from preferences")
     actions = rewards.add_subparsers(metavar="ACTION", required=True)
     listing = command(actions, "list", _rewards_list, "every reward that can be named")
-    listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, origins")
+    listing.add_argument("--verbose", action="store_true", help="also typical scores, extras, licences, options")
     listing.add_argument("--markdown", action="store_true", help="the built-in ones as the table of docs/rewards.md")
     scoring = command(actions, "score", _rewards_score, "score image files")
     scoring.add_argument("name", metavar="NAME", help="registered name, file.py:name or module:name")
     scoring.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     scoring.add_argument("--prompt", metavar="TEXT", help="the prompt of the images")
+    scoring.add_argument("--options", type=mapping, metavar="JSON", help="options of the reward")
     testing = command(actions, "test", _rewards_test, "check rewards on sample pictures; status 1 when a check fails")
     testing.add_argument(
         "names", metavar="NAME", nargs="*", help="rewards (default: all built-in ones that can run here)"
@@ -82,7 +83,7 @@ def _rewards_list(options: argparse.Namespace, _: list[str]) -> None:
 def _rewards_score(options: argparse.Namespace, _: list[str]) -> None:
     from rewards.cli import score
 
-    print(score(options.name, options.images, prompt=options.prompt))
+    print(score(options.name, options.images, prompt=options.prompt, options=options.options))
 
 
 def _rewards_test(options: argparse.Namespace, _: list[str]) -> int:
