@@ -57,7 +57,8 @@ class ModelConfig:
             same compiled network, with rows padded to fixed counts.
         vae_slicing: Decode one image at a time: less memory.
         vae_tiling: Decode an image in overlapping tiles: less memory for large images, slightly other pixels.
-        device: A torch device such as `cuda:1` or `cpu`; null takes this process's accelerator, else the CPU.
+        device: A torch device such as `cuda:1` or `cpu`; null takes this process's accelerator, else the CPU; `mps`
+            is refused, since log-probabilities need float64.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

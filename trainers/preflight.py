@@ -66,6 +66,8 @@ def check_device(config: Config, *, here: bool) -> None:
     if config.model.device is None:
         return
     device = _device("model.device", config.model.device)
+    if device.type == "mps":
+        raise ConfigError("model.device: mps has no float64, which log-probabilities need; use cpu")
     if not here or device.type == "cpu":
         return
     own = torch.accelerator.current_accelerator(check_available=True)

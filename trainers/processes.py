@@ -31,9 +31,11 @@ class Processes:
         """Joins the processes that torchrun or accelerate launched, or stands alone.
 
         Args:
-            device: `cpu` to stay off the accelerator; None takes this process's own.
+            device: `cpu` to stay off the accelerator; None takes this process's own, if it can compute in float64 as
+                log-probabilities need: Apple's cannot.
         """
-        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        on_cpu = device == "cpu" or (device is None and torch.backends.mps.is_available())
+        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         if self._accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"accelerate was configured for {self._accelerator.distributed_type.value}, which would have no effect "

@@ -199,7 +199,8 @@ def test_a_device_must_be_here_to_train_and_not_to_plan(config_file, calls, caps
     assert main(["train", config_file, "--model.device", "cuda:1"]) == 0
     message = error_of(capsys, "train", config_file, "--model.device", "cuda:2")
     assert message == "error: model.device: there is no cuda:2 here (this machine has cuda:0, cuda:1, and cpu)"
-    assert "there is no mps here" in error_of(capsys, "train", config_file, "--model.device", "mps")
+    assert "mps has no float64" in error_of(capsys, "train", config_file, "--model.device", "mps")
+    assert "there is no xpu here" in error_of(capsys, "train", config_file, "--model.device", "xpu")
     assert len(calls) == 1
     assert main(["plan", config_file, "--model.device", "cuda:2", "--model.path", "someone/something"]) == 0
     assert "is no torch device" in error_of(capsys, "plan", config_file, "--model.device", "gpu")

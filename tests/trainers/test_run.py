@@ -227,3 +227,20 @@ def test_git_state_knows_commit_and_changes(tmp_path):
     assert state["dirty"] is False
     (tmp_path / "file").write_text("b")
     assert git_state(tmp_path)["dirty"] is True
+
+
+def test_a_mac_trains_on_its_cpu_unless_told_otherwise(monkeypatch):
+    asked = []
+
+    class Joined:
+        distributed_type, process_index, num_processes, device = None, 0, 1, "cpu"
+
+        def __init__(self, *, cpu, mixed_precision):
+            asked.append(cpu)
+
+    monkeypatch.setattr("trainers.processes.Accelerator", Joined)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    Processes(), Processes(device="cuda:0")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    Processes(), Processes(device="cpu")
+    assert asked == [True, False, False, True]
