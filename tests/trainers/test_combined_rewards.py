@@ -155,7 +155,7 @@ def test_a_component_can_be_bounded_and_an_unknown_one_is_refused(model: Path, t
     [
         ("constraints: [{reward: redness}]", r"constraints\.0\.at_least: must be given, or at_most"),
         ("constraints: [{reward: kl, at_most: 3}]", r"kl\.kind: must be fixed with a constraint on kl"),
-        ("shaping: {steps: [3]}", r"shaping\.steps: must be below sampler\.num_steps = 3, got 3"),
+        ("shaping: {steps: [3]}", r"shaping\.steps: must be at least 0 and below sampler\.num_steps = 3, got 3"),
         (
             "shaping: {steps: [0]}\nadvantages: {combination: gdpo}",
             r"advantages\.combination: must be sum with shaping\.steps",

@@ -1,6 +1,7 @@
 """The card beside exported weights: the hub can read it, and what it says to type loads them."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,9 @@ def test_the_code_on_the_card_loads_what_was_trained(make, adapter, tmp_path):
     folder = tmp_path / "weights"
     policy, card = described(make(), tmp_path / "base", folder, adapter)
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    found: dict[str, object] = {}
-    exec(code.replace("FOLDER", str(folder)), found)
+    script = tmp_path / "card.py"
+    script.write_text(code.replace("FOLDER", str(folder)))
+    found = runpy.run_path(str(script))
     network = getattr(found["pipe"], policy.name)
     x, time = torch.randn(1, *policy.latent_shape), torch.tensor(3)
     inputs = {"encoder_hidden_states": torch.randn(1, 5, 32)} if make is tiny_stable_diffusion else {}

@@ -147,6 +147,7 @@ def test_evaluate_and_sample_show_the_exported_weights_and_a_resume_does_not_tra
     overrides = [
         "--evaluation.stop_on_overoptimisation", "true", "--evaluation.every_epochs", "1", "--evaluation.ode", "false",
         "--adapter.alpha", "4", "--optimizer.learning_rate", "2e-2", "--epochs", "9", "--run.name", "greedy",
+        "--heldout_rewards", "[{name: redness}]",
     ]  # fmt: skip
     config = load_config(write_config(tmp_path, tmp_path / "model"), overrides)
     run = train_from_config(config, config_yaml=to_yaml(config, full=True))

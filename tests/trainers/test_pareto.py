@@ -198,7 +198,11 @@ print("started", flush=True)
 time.sleep(120)
 """)
     run.chmod(0o755)
-    code = f"import sys; from trainers.pareto import _launch; sys.executable = {str(run)!r}; _launch([], 'run')"
+    code = (
+        "import signal, sys; from trainers.pareto import _launch; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where tests run in the background
+        f"sys.executable = {str(run)!r}; _launch([], 'run')"
+    )
     sweeping = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,

@@ -113,7 +113,8 @@ def test_a_stop_that_an_evaluation_right_after_a_resume_finds_is_taken_and_remem
     with monkeypatch.context() as patch:
         stop_in(patch, "evaluate", 2)
         with pytest.raises(RunStopped):
-            start(config, "--evaluation.stop_on_overoptimisation", "true", "--run.name", "stopped")
+            heldout = ("--heldout_rewards", "[{name: redness}]")
+            start(config, "--evaluation.stop_on_overoptimisation", "true", "--run.name", "stopped", *heldout)
     run = config.parent / "runs" / "stopped"
     assert not (run / "evaluations" / "epoch_000002.safetensors").exists()
 
