@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import inspect
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from rewards.base import Reward
 from rewards.card import Card
 from rewards.construct import Registration
+from rewards.docstrings import documented
 from rewards.picture import open_rgb
 from rewards.registry import BUILT_IN, available, find, resolve
 from rewards.selftest import Report, selftest
@@ -230,9 +230,7 @@ def _option_lines(noted: Registration) -> list[str]:
     """A line for each option of a reward class, with its default and what its docstring says of it."""
     if not inspect.isclass(noted.target):
         return []
-    _, _, documented = (inspect.getdoc(noted.target) or "").partition("Args:\n")
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", documented, flags=re.MULTILINE)
-    about = {option: " ".join(text.split()) for option, text in found}
+    about = documented(noted.target, "Args")
     lines = []
     for option, parameter in inspect.signature(noted.target).parameters.items():
         if option != "device":

@@ -2,9 +2,9 @@
 
 import dataclasses
 import inspect
-import re
 import textwrap
 
+from rewards.docstrings import documented
 from trainers.config import Config
 from trainers.config_errors import show
 from trainers.config_schema import declared, default_of, element_of, fields_of, is_optional, kinds_of, plain, words
@@ -18,7 +18,7 @@ def reference(*, width: int = 110) -> str:
     single = []
     for field in dataclasses.fields(Config):
         hint = fields_of(Config)[field.name]
-        about = documented(Config)[field.name]
+        about = documented(Config, "Attributes")[field.name]
         if kinds := kinds_of(hint):
             groups = [_group(kind, field.name, field, width) for kind in kinds.values()]
             parts.append("\n".join([f"{field.name}: {about}", *groups]))
@@ -30,13 +30,6 @@ def reference(*, width: int = 110) -> str:
         else:
             single.append(_key(Config, field, "", width))
     return "\n\n".join([*parts, "others\n" + "\n".join(single)])
-
-
-def documented(group: object) -> dict[str, str]:
-    """The `Attributes:` of a Google docstring: name to text."""
-    _, _, attributes = (inspect.getdoc(group) or "").partition("Attributes:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _group(group: object, prefix: str, union: dataclasses.Field | None, width: int) -> str:
@@ -62,7 +55,7 @@ def _key(group: object, field: dataclasses.Field, prefix: str, width: int) -> st
     value = "required" if default is dataclasses.MISSING else f"default {_plain_default(default)}"
     value = "below" if default is not None and fields_of(type(default)) else value
     head = f"  --{prefix}{field.name} {_type(hint)}  ({value})"
-    text = documented(group).get(field.name, "")
+    text = documented(group, "Attributes").get(field.name, "")
     return head + "\n" + textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 

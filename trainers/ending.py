@@ -2,6 +2,7 @@
 
 import shutil
 
+from trainers.checkpoint import checkpoint_epoch
 from trainers.evaluation import Evaluation
 from trainers.model_card import write_model_card
 from trainers.overoptimisation import best_weights
@@ -32,8 +33,8 @@ def finish(session: Session, *, stopped: bool) -> None:
     shown = state.config.tracking.num_pictures
     table = write_comparison(run.path, before, after, num_pictures=shown, metadata=session.evaluator.metadata)
     shutil.copy(run.path / BEFORE_AFTER, run.lora / BEFORE_AFTER)
-    epoch = int(chosen.removeprefix("epoch_"))
-    samples = epoch * state.config.batch.samples_per_epoch
+    epoch = state.epoch if best is None else checkpoint_epoch(best)
+    samples = epoch * session.plan.images_per_epoch
     write_model_card(
         run.lora, state.policy, state.config, epoch=epoch, samples=samples, results=table, picture=BEFORE_AFTER
     )

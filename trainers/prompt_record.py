@@ -18,6 +18,7 @@ from ddpo.input_images import IMAGE, identity
 from trainers.processes import Processes
 from trainers.progress import Progress
 from trainers.prompts import Prompt
+from trainers.run import write_json
 
 PROMPTS = "prompts.json"
 
@@ -55,9 +56,7 @@ def record_prompts(
             f"warning: the training prompts are not what the run began with ({_both(before, now['training'])})"
         )
     if processes.is_main:
-        partial = file.with_name(f".{PROMPTS}.partial")
-        partial.write_text(json.dumps({**now, "earlier": earlier}, indent=1) + "\n")
-        partial.replace(file)
+        write_json(file, {**now, "earlier": earlier})
 
 
 def check_evaluated(run: Path, evaluated: Sequence[Prompt]) -> None:

@@ -11,6 +11,7 @@ from rewards import WeightedSum
 from rewards.identity import identify
 from trainers.processes import Processes
 from trainers.progress import Progress
+from trainers.run import write_json
 
 REWARDS = "rewards.json"
 
@@ -53,10 +54,7 @@ def record_rewards(
                 f"warning: reward {entry['name']!r} is not what the run began with (hash {str(old['hash'])[:12]}, now "
                 f"{str(entry['hash'])[:12]}): its code, arguments or weights changed, scores may not compare"
             )
-    text = json.dumps({"rewards": entries, "earlier": [*saved["earlier"], *replaced]}, indent=1)
-    partial = file.with_name(f".{REWARDS}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(file)
+    write_json(file, {"rewards": entries, "earlier": [*saved["earlier"], *replaced]})
 
 
 def _compare_processes(entries: list[Entry], processes: Processes) -> None:

@@ -91,7 +91,7 @@ class RunFolder:
     def _fill(self, config_yaml: str) -> None:
         """Makes the folder and what a new run has; the configuration, by which a run folder is known, last."""
         self.path.mkdir()
-        _write_json(self.path / ENVIRONMENT, describe_environment())
+        write_json(self.path / ENVIRONMENT, describe_environment())
         self.metrics_path.touch()
         for folder in (self.pictures, self.checkpoints):
             folder.mkdir()
@@ -158,7 +158,7 @@ class RunFolder:
         """Adds the present environment, and the checkpoint taken up, to environment.json."""
         environment = json.loads((self.path / ENVIRONMENT).read_text())
         resumed = [*environment.get("resumed", []), {"checkpoint": checkpoint, **describe_environment()}]
-        _write_json(self.path / ENVIRONMENT, {**environment, "resumed": resumed})
+        write_json(self.path / ENVIRONMENT, {**environment, "resumed": resumed})
 
     def save_picture(self, image: Image.Image, name: str) -> Path:
         """Writes `pictures/<name>.png`, visible only when complete, and returns its path."""
@@ -260,7 +260,8 @@ def _renamed(folder: Path, path: Path) -> bool:
     return True
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON that replaces the file at once."""
     _write_text(path, json.dumps(value, indent=1) + "\n")
 
 
