@@ -89,11 +89,6 @@ class Multipliers:
         self.constraints = {constraint.reward: constraint for constraint in constraints}
         self.values = {name: constraint.multiplier for name, constraint in self.constraints.items()}
 
-    @property
-    def bounds_kl(self) -> bool:
-        """Whether the path KL is bounded."""
-        return KL_NAME in self.constraints
-
     def weights(self, means: Mapping[str, float]) -> dict[str, float]:
         """Weights m of the constraints at the present means: what a score gets, without its sign."""
         return {

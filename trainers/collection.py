@@ -73,7 +73,7 @@ def collect(
     config = state.config
     state.policy.begin_epoch(state.epoch, seed=config.seed)
     state.reward.epoch = state.epoch
-    measured = state.alpha > 0 or state.multipliers.bounds_kl
+    measured = config.weighs_kl
     guided = config.objective.train_guidance == "same"
     drawn = [prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size)]
     own = processes.share(len(drawn))
