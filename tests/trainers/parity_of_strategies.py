@@ -15,7 +15,7 @@ import torch
 
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import reproducible, weights, write_config
-from tests.trainers.world import command, in_processes
+from tests.trainers.world import all_succeed, command
 
 LOGGED = ("reward/mean", "kl/path_nats", "optimizer/grad_norm", "policy/clip_fraction", "kl/alpha")
 # 3 prompts x 3 images: 4 of them on one process, 5 on the other, and a prompt's images on both.
@@ -55,11 +55,8 @@ def prepare(folder: Path) -> Path:
 def run(config: Path, name: str, *options: str, count: int = 1) -> Path:
     """Trains; returns the run folder."""
     folder = config.parent / "runs" / name
-    log = config.parent / f"{name}.log"
-    statuses = in_processes(
-        command, ["train", str(config), "--run.name", name, *SETTINGS, *options], count=count, log=log
-    )
-    assert set(statuses) == {0}, Path(f"{log}.0").read_text()[-3000:]
+    arguments = ["train", str(config), "--run.name", name, *SETTINGS, *options]
+    all_succeed(command, arguments, count=count, log=config.parent / f"{name}.log")
     return folder
 
 

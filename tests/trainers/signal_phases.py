@@ -18,7 +18,7 @@ import torch
 
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import reproducible, weights, write_config
-from tests.trainers.world import command, in_processes
+from tests.trainers.world import all_succeed, command, in_processes
 from trainers.checkpoint import is_intact, list_checkpoints
 
 PHASES = ("sampling", "rewards", "training", "logging", "evaluation", "checkpointing", "first evaluation")
@@ -45,7 +45,7 @@ def prepare(folder: Path, *extra: str, count: int = 1) -> Path:
     tiny_stable_diffusion().save_pretrained(folder / "model", safe_serialization=True)
     config = write_config(folder, folder / "model")
     arguments = ["train", str(config), "--run.name", "whole", *SETTINGS, *extra]
-    assert set(in_processes(command, arguments, count=count, log=folder / "whole.log")) == {0}
+    all_succeed(command, arguments, count=count, log=folder / "whole.log")
     return config
 
 

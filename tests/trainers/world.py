@@ -1,5 +1,6 @@
 """Runs functions in fresh processes that share a gloo group, each forked at once from a server that has torch."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 PRELOADED = ["trainers.loop", "trainers.config_io", "trainers.preflight", "diffusers", "peft", "tests.tiny"]
-TIMEOUT_SECONDS = 200
+TIMEOUT_SECONDS = 400
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"
 }  # fmt: skip
@@ -43,6 +44,19 @@ def in_processes(
     return [child.exitcode for child in children]
 
 
+def all_succeed(function: Callable[..., object], *arguments: object, count: int, log: Path) -> None:
+    """Runs as `in_processes` does; a failure shows each process's exit status and the end of what it printed."""
+    statuses = in_processes(function, *arguments, count=count, log=log)
+    if any(statuses):
+        ends = (f"rank {rank}: exit status {status}\n{_end(f'{log}.{rank}')}" for rank, status in enumerate(statuses))
+        raise AssertionError("\n".join(ends))
+
+
+def _end(file: str) -> str:
+    """The last lines of a file, without what progress bars overwrote."""
+    return "\n".join(line.rpartition("\r")[2] for line in Path(file).read_text().splitlines()[-60:])
+
+
 def command(arguments: Sequence[str]) -> None:
     """The command line `ddpo`, as the body of a process."""
     from trainers.cli import main
@@ -59,6 +73,8 @@ def _enter(
     if log is not None:
         file = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 20)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         os.environ.update(
