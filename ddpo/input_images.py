@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE = "image"
@@ -23,7 +24,7 @@ class InputImageError(ValueError):
 
 
 def read_image(source: object) -> Image.Image:
-    """An input image as 8-bit RGB, turned upright, transparent pixels on white.
+    """An input image as 8-bit RGB, turned upright, 16-bit grey brought to 8 bits, transparent pixels on white.
 
     Args:
         source: A file or a PIL image.
@@ -103,6 +104,8 @@ def probe_images(count: int, size: tuple[int, int]) -> list[Image.Image]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # PIL's own conversion cuts off at 255
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)).convert("RGB")
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     layered = image.convert("RGBA")

@@ -24,15 +24,15 @@ from ddpo.decoding import Decoder
 from ddpo.denoiser import DTYPES, Denoiser, Precision
 from ddpo.encoding import Encoder
 from ddpo.gaussian import Gaussian
-from ddpo.guidance import GuidanceRule, find_rule, rules, unguided
-from ddpo.input_images import probe_images
+from ddpo.guidance import GuidanceRule, unguided
 from ddpo.loading import Source, load_pipeline
-from ddpo.pipeline_call import PROBE_PROMPTS, probe, read_call
+from ddpo.pipeline_call import PipelineCall, read_call
 from ddpo.quantization import Quantization, is_quantized
-from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, make_schedule, predicted, transition
-from ddpo.schedule import Schedule, clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.reading import Reading, read_pipeline, recorded_steps
+from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, predicted, transition
+from ddpo.schedule import Schedule, training_scheduler
 from ddpo.step_selection import StepSelection
-from ddpo.tracing import Step, UntraceableError, find_denoiser, trace
+from ddpo.tracing import find_denoiser
 from ddpo.trajectory import Condition
 
 
@@ -56,9 +56,12 @@ class Policy:
         rule: The pipeline's way to guide, found by comparing with its own output.
     """
 
+    call: PipelineCall
+    latent_shape: tuple[int, ...]
+    rule: GuidanceRule
     schedule: Schedule
-    _noisy: Schedule
-    _ode: Schedule
+    _reading: Reading
+    _unguided: GuidanceRule
 
     def __init__(
         self,
@@ -98,14 +101,14 @@ class Policy:
         self.offload = offload
         self.source: Source | None = None
         self.device = torch.device(device)
-        self.call = read_call(pipeline, module, sampler)
+        call = read_call(pipeline, module, sampler)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
                 if component.dtype != DTYPES[precision] and not is_quantized(component):
                     component.to(DTYPES[precision])
         self.denoiser = Denoiser(module, precision=precision, device=self.device)
-        self._read_pipeline()
+        self._read(call)
         self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
         self._encoder = self._make_encoder()
         self.begin_epoch(0, seed=seed)
@@ -176,10 +179,10 @@ class Policy:
             condition: B rows.
             guided: Whether classifier-free guidance is applied; without it only the conditional branch runs.
         """
-        rule = self.rule if guided else self.unguided
+        rule = self.rule if guided else self._unguided
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
         output = rule.combine(negative, positive, self.sampler.guidance_scale)
-        return transition(self.schedule, k, x, output, kind=self._kind)
+        return transition(self.schedule, k, x, output, kind=self._reading.kind)
 
     def predicted_x0(self, k: int | Tensor, x: Tensor, condition: Condition) -> Tensor:
         """The clean latents that the guided network predicts from x at step k, (B, *latent); one pass of the network.
@@ -191,14 +194,14 @@ class Policy:
         """
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
         output = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        return predicted(self.schedule, k, x, output, kind=self._kind).x0
+        return predicted(self.schedule, k, x, output, kind=self._reading.kind).x0
 
     def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
         """The guided and the unguided distribution from one pass of the network."""
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
         guided = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        alone = self.unguided.combine(None, positive, 1.0)
-        first, second = (transition(self.schedule, k, x, output, kind=self._kind) for output in (guided, alone))
+        alone = self._unguided.combine(None, positive, 1.0)
+        first, second = (transition(self.schedule, k, x, output, kind=self._reading.kind) for output in (guided, alone))
         return first, second
 
     def _time(self, k: int | Tensor, x: Tensor) -> Tensor:
@@ -231,7 +234,9 @@ class Policy:
             epoch: Finished epochs.
             seed: Of the run.
         """
-        self.schedule = epoch_schedule(self._noisy, self._ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed)
+        self.schedule = epoch_schedule(
+            self._reading.noisy, self._reading.ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed
+        )
 
     def with_sampler(self, sampler: SamplerConfig, *, seed: int = 0) -> "Policy":
         """The same weights and network, sampled otherwise, with the stochastic steps of a first epoch.
@@ -250,10 +255,10 @@ class Policy:
         everything = StepSelection()  # which steps are stochastic changes nothing of what is read below
         if replace(sampler, stochastic_steps=everything) != replace(self.sampler, stochastic_steps=everything):
             module = self.denoiser.module
-            other.call = read_call(self.pipeline, module, sampler)
+            call = read_call(self.pipeline, module, sampler)
             other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
             with self._decoder.auxiliaries():
-                other._read_pipeline()
+                other._read(call)
             other._decoder = self._decoder.with_call(other.call)
             if other.rule != self.rule or replace(other.call, num_steps=self.call.num_steps) != self.call:
                 other._encoder = other._make_encoder()  # else the encodings are the same, and are shared
@@ -265,7 +270,7 @@ class Policy:
     @contextmanager
     def noise_free(self) -> Iterator[None]:
         """Samples by the ODE of the same schedule, for the time of a `with` block."""
-        schedule, self.schedule = self.schedule, self._ode
+        schedule, self.schedule = self.schedule, self._reading.ode
         try:
             yield
         finally:
@@ -378,79 +383,26 @@ class Policy:
         """The weights that `save` wrote, for all of `trainable()`: see `ddpo.lora.read_weights`."""
         return lora.read_weights(self.pipeline, self.name, self.denoiser.module, folder, self.trainable())
 
-    # ---- tracing ----------------------------------------------------------------------------------------------------
+    # ---- what the pipeline does -------------------------------------------------------------------------------------
 
-    def _trace(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[Image] | None,
-        *,
-        num_steps: int | None = None,
-        hollow: bool = True,
-    ) -> list[Step]:
-        generator = torch.Generator().manual_seed(0)
-        output = "pt" if self.pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
-        arguments = self.call.arguments(prompts, images=images, output_type=output, generator=generator)
-        with torch.no_grad():
-            return trace(self.pipeline, self.denoiser.module, arguments, num_steps=num_steps, hollow=hollow)
-
-    def _read_pipeline(self) -> None:
+    def _read(self, call: PipelineCall) -> None:
         """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
-        steps, one, three = self._probe()
-        self._kind = prediction_type(self.pipeline.scheduler)
-        self.latent_shape = tuple(steps[0].sample.shape[1:])
-        times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
-        self.schedule = self._noisy = self._make_schedule(self.sampler, times)
-        self._ode = self._make_schedule(replace(self.sampler, kind="ode"), times)
-        self.denoiser.learn_arguments(one, steps[0], three)
-        with self.denoiser.autocast():
-            images = probe_images(2, self.call.image_size) if self.call.image_size else None
-            (real,) = self._trace(PROBE_PROMPTS[:2], images, num_steps=1, hollow=False)
-        self.denoiser.output_type = real.model_output.dtype
-        self.rule = find_rule(real, self._replay, rules(rescale=self.sampler.guidance_rescale))
-        self.unguided = unguided(self.rule)
-
-    def _probe(self) -> tuple[list[Step], Step, Step]:
-        """What the pipeline does with a few prompts; from prompts alone where an image for each is not taken."""
-        try:
-            return probe(self.pipeline, self._trace, self.call.image_size)
-        except UntraceableError as error:
-            if self.call.image_size is None:
-                raise
-            self.call = read_call(self.pipeline, self.denoiser.module, self.sampler, no_images=str(error))
-            try:
-                return probe(self.pipeline, self._trace)
-            except UntraceableError:
-                raise error from None
+        reading = read_pipeline(self.pipeline, self.denoiser, call, self.sampler)
+        self._reading = reading
+        self.call, self.latent_shape, self.rule = reading.call, reading.latent_shape, reading.rule
+        self._unguided = unguided(reading.rule)
 
     def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
         """The condition of each prompt, with its image where there are images, from a call of its own."""
         with self._decoder.auxiliaries():
             for row, prompt in enumerate(prompts):
-                (step,) = self._trace([prompt], None if images is None else [images[row]], num_steps=1)
+                own = None if images is None else [images[row]]
+                (step,) = recorded_steps(self.pipeline, self.denoiser.module, self.call, [prompt], own, num_steps=1)
                 yield self.denoiser.condition([prompt], step, self.rule)
 
     def _make_encoder(self) -> Encoder:
         name = type(self.pipeline).__name__
         return Encoder(self._encode, name, self.call, store=self._decoder.stored, device=self.device)
-
-    def _make_schedule(self, sampler: SamplerConfig, times: Tensor) -> Schedule:
-        scheduler = self.pipeline.scheduler
-        schedule = make_schedule(
-            sampler,
-            noise_grid(scheduler),
-            model_time=times,
-            is_flow=self._kind == "flow",
-            clip=clip_range(scheduler),
-        )
-        return schedule.to(self.device, torch.float32)
-
-    def _replay(self, rule: GuidanceRule, step: Step) -> Tensor:
-        """The model output of a recorded first step, by our own call under `rule`."""
-        condition = self.denoiser.condition(PROBE_PROMPTS[:2], step, rule)
-        with torch.no_grad():
-            negative, positive = self.denoiser.branches(step.sample, self._time(0, step.sample), condition, rule)
-            return rule.combine(negative, positive, self.sampler.guidance_scale)
 
 
 def default_device() -> torch.device:

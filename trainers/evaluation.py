@@ -18,7 +18,8 @@ from ddpo import Condition, Policy, Trajectory, rollout, sample_seeds
 from ddpo.input_images import IMAGE
 from rewards import RewardError, WeightedSum
 from rewards.base import check_components
-from trainers.config import Config, EvaluationConfig
+from trainers.config import Config
+from trainers.config_groups import EvaluationConfig
 from trainers.decoded import find_non_finite
 from trainers.grouping import GroupBuffer, ImageBatch
 from trainers.plan import share

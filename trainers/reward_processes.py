@@ -25,7 +25,8 @@ from rewards.client import Client, Patience
 from rewards.identity import Identity
 from rewards.remote import ServedReward
 from rewards.serve import TOKEN_VARIABLE
-from trainers.config import Config, RewardProcessConfig
+from trainers.config import Config
+from trainers.config_groups import RewardProcessConfig
 from trainers.launch import local_rank
 from trainers.processes import Processes
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainers.config import DistributedConfig
+from trainers.config_groups import DistributedConfig
 
 if TYPE_CHECKING:  # importing them loads diffusers and accelerate, which `trainers.preflight` does without
     from ddpo import Policy

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -144,6 +145,13 @@ def test_images_are_upright_rgb_on_white(tmp_path):
     clear = read_image(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))
     assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
     assert fit(clear, (2, 2)) is clear
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    levels = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    grey = read_image(tmp_path / "grey.png")
+    assert grey.mode == "RGB" and np.asarray(grey)[..., 0].tolist() == [[0, 100], [200, 255]]
 
 
 def test_images_are_told_apart_as_they_are_read():

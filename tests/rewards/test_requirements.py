@@ -13,8 +13,9 @@ from rewards.registry import find
 from rewards.requirements import check_requirements
 from rewards.serve import split_label, split_options
 from trainers.commands.rewards import _SERVE_EPILOG
-from trainers.config import Config, RewardProcessConfig
+from trainers.config import Config
 from trainers.config_errors import ConfigError
+from trainers.config_groups import RewardProcessConfig
 from trainers.preflight import check_reward_processes, check_rewards
 
 

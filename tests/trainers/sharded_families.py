@@ -26,7 +26,7 @@ def compare_sharded(families: tuple[str, ...], output: Path) -> None:
 
 
 def _errors(policy: Policy, processes: object) -> dict[str, float]:
-    from trainers.config import DistributedConfig
+    from trainers.config_groups import DistributedConfig
     from trainers.sharding import distribute, whole
 
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,8 @@ from ddpo.samplers import SamplerConfig
 from rewards.combine import RewardTerm
 from rewards.docstrings import documented
 from trainers import yaml_text
-from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.config_io import ConfigError, find_config, load_config, load_resumed, resume_overrides, to_yaml
 from trainers.config_reference import reference
 from trainers.config_schema import declared, element_of, fields_of, kinds_of, plain

@@ -19,7 +19,8 @@ from ddpo.lora import FullConfig
 from ddpo.step_selection import StepSelection
 from tests.tiny import tiny_stable_diffusion
 from trainers.cli import main
-from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, OptimizerConfig, ShapingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, DistributedConfig, ModelConfig, OptimizerConfig, ShapingConfig
 from trainers.estimate.accounting import CudaKernels, LiveBytes, account, saved_for_backward
 from trainers.estimate.architectures import ARCHITECTURES, STACKS_GUIDANCE
 from trainers.estimate.blueprint import FAMILIES, build, read_blueprint

@@ -19,7 +19,8 @@ from rewards import RewardTerm, WeightedSum
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import reproducible, weights, write_config
 from trainers.cli import main
-from trainers.config import Config, EvaluationConfig
+from trainers.config import Config
+from trainers.config_groups import EvaluationConfig
 from trainers.config_io import ConfigError, load_config, to_yaml
 from trainers.evaluation import Evaluation, Evaluator
 from trainers.evaluation_sampler import EvaluationSampler

@@ -8,7 +8,8 @@ from ddpo import LoraConfig
 from ddpo.kl import FixedKL
 from ddpo.objectives import PolicyGradientConfig
 from tests.ddpo.test_families import FAMILIES, PROMPTS, make, metadata
-from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.loop import train
 from trainers.prompts import Prompt
 from trainers.run import read_metrics

@@ -10,9 +10,9 @@ from rewards import RewardTerm, WeightedSum, registry
 from tests.tiny import tiny_stable_diffusion
 from trainers.checkpoint import list_checkpoints
 from trainers.cli import main
-from trainers.config import (
+from trainers.config import Config
+from trainers.config_groups import (
     BatchConfig,
-    Config,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,

@@ -21,7 +21,8 @@ from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import ROOT, environment, launch, reproducible, weights, write_config
 from tests.trainers.world import command, in_processes
 from trainers.checkpoint import list_checkpoints
-from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.config_io import load_config, to_yaml
 from trainers.decoded import ImageError
 from trainers.loop import resume, train, train_from_config

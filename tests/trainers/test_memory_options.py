@@ -14,8 +14,9 @@ from ddpo.lora import FullConfig
 from tests.ddpo.families import tiny_flux, tiny_sd3, tiny_sdxl
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import reproducible, weights, write_config
-from trainers.config import Config, ModelConfig, OptimizerConfig
+from trainers.config import Config
 from trainers.config_errors import ConfigError
+from trainers.config_groups import ModelConfig, OptimizerConfig
 from trainers.config_io import load_config, to_yaml
 from trainers.loop import resume, train_from_config
 from trainers.optimizers import check_optimizer

@@ -12,7 +12,8 @@ from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig
 from rewards import RewardTerm
 from tests.ddpo.more_families import tiny_ddpm
 from tests.tiny import tiny_stable_diffusion
-from trainers.config import Config, ModelConfig
+from trainers.config import Config
+from trainers.config_groups import ModelConfig
 from trainers.model_card import write_model_card
 
 

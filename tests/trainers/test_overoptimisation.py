@@ -16,7 +16,8 @@ from ddpo import LoraConfig, Policy, SamplerConfig
 from rewards import Reward, RewardTerm, WeightedSum, resolve
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import write_config
-from trainers.config import BatchConfig, Config, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.config_io import load_config, to_yaml
 from trainers.finished import evaluate_run, sample_run
 from trainers.loop import resume, train, train_from_config

@@ -12,7 +12,8 @@ from ddpo.lagrangian import Constraint
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
 from rewards import RewardTerm, WeightedSum
-from trainers.config import BatchConfig, Config, DistributedConfig, ModelConfig, RunConfig, TrackingConfig
+from trainers.config import Config
+from trainers.config_groups import BatchConfig, DistributedConfig, ModelConfig, RunConfig, TrackingConfig
 from trainers.config_io import load_config
 from trainers.plan import PlanError, check_whole_groups, chunks, expected_plan, make_plan, share, split_evenly
 from trainers.preflight import preflight

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from rewards import RewardError
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import ROOT, environment, reproducible, weights, write_config
-from trainers.config import RewardProcessConfig
 from trainers.config_errors import ConfigError
+from trainers.config_groups import RewardProcessConfig
 from trainers.config_io import load_config, to_yaml
 from trainers.loop import resume, train_from_config
 from trainers.reward_processes import end, launch

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.trainers.loop_helpers import ROOT
-from trainers.config import Config, RunConfig
+from trainers.config import Config
+from trainers.config_groups import RunConfig
 from trainers.environment import git_state
 from trainers.processes import Processes
 from trainers.run import RunError, RunFolder, _jsonable, read_metrics

@@ -24,10 +24,10 @@ from ddpo.control.toy_problem import MixtureProblem, ToyProblem, mixture_problem
 from ddpo.kl import FixedKL
 from ddpo.objectives import PolicyGradientConfig
 from ddpo.samplers import SamplerConfig
-from trainers.config import (
+from trainers.config import Config
+from trainers.config_groups import (
     BatchConfig,
     CheckpointConfig,
-    Config,
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
