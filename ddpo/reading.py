@@ -1,6 +1,8 @@
 """What a policy learns of a pipeline by running it with a hollow denoiser: schedule, arguments and guidance."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,7 +55,8 @@ def read_pipeline(
         UntraceableError: It does not fit; the message says why.
         ValueError: The sampler does not fit the model.
     """
-    call, steps, one, three = _probe(pipeline, denoiser.module, call, sampler)
+    with _unwarned():
+        call, steps, one, three = _probe(pipeline, denoiser.module, call, sampler)
     kind = prediction_type(pipeline.scheduler)
     times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
 
@@ -108,6 +111,20 @@ def recorded_steps(
     arguments = call.arguments(prompts, images=images, output_type=output, generator=generator)
     with torch.no_grad():
         return trace(pipeline, module, arguments, num_steps=num_steps, hollow=hollow)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """The libraries' warnings held back: that a probe's prompt is cut off tells the user nothing."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _probe(

@@ -1,10 +1,12 @@
 """How a stock pipeline is learnt, and which pipelines are refused."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 
-from ddpo import UntraceableError
+from ddpo import Policy, SamplerConfig, UntraceableError
 from ddpo.tracing import find_denoiser, flatten, trace, unflatten
 from tests.ddpo.tools import PROMPTS, SIZE, counting_calls, make_policy, prior, record_stock
 from tests.tiny import tiny_stable_diffusion
@@ -153,3 +155,22 @@ def test_flatten_and_unflatten_are_inverse_and_drop_defaults():
     nested = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "none": None}
     assert flatten(nested) == {"a": 1, "b.c": 2, "b.d.e": 3}
     assert unflatten(flatten(nested)) == {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
+
+
+def test_a_users_long_prompt_is_warned_of_and_the_probes_own_is_not(monkeypatch):
+    heard = []
+    for name in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [Listener(heard)])
+    policy = Policy.from_pretrained("shapes", sampler=SamplerConfig(num_steps=2, guidance_scale=1.0))
+    assert heard == []
+    policy.encode(["a red circle and " * 10])
+    assert any("truncated" in message for message in heard)
+
+
+class Listener(logging.Handler):
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+    def emit(self, record):
+        self.heard.append(record.getMessage())
