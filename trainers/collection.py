@@ -16,6 +16,7 @@ from rewards.base import check_components
 from trainers.decoded import find_non_finite
 from trainers.metrics import Stopwatch
 from trainers.objective import Pressure, explained, objective_scores, potential, pressure
+from trainers.pictures import spread
 from trainers.plan import BatchPlan, kl_samples
 from trainers.processes import Processes
 from trainers.progress import Progress
@@ -37,7 +38,8 @@ class Collected:
         advantages: Of all processes' samples.
         path_kl: Mean path KL to the pretrained model, nats.
         kl_per_step: Mean KL of each step, (T,) nats.
-        images: This process's first images for pictures, (n, 3, H, W) on the CPU.
+        shown: Which of this process's samples are for pictures, evenly over them.
+        images: Theirs, (len(shown), 3, H, W) on the CPU.
         prompts: Of all N samples.
     """
 
@@ -49,6 +51,7 @@ class Collected:
     advantages: Advantages
     path_kl: float
     kl_per_step: Tensor
+    shown: list[int]
     images: Tensor
     prompts: tuple[str, ...]
 
@@ -77,6 +80,7 @@ def collect(
     guided = config.objective.train_guidance == "same"
     drawn = [prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size)]
     own = processes.share(len(drawn))
+    shown = spread(len(own), config.tracking.num_pictures)
     parts: list[Trajectory] = []
     pictures: list[Tensor] = []
     start = own.start
@@ -103,8 +107,7 @@ def collect(
             failure = failure or failed
         if config.batch.trajectories == "cpu":
             parts[-1] = parts[-1].kept_on_cpu()
-        if len(pictures) * size < config.tracking.num_pictures:
-            pictures.append(images.cpu())
+        pictures.append(images[[row for row in range(size) if start - own.start + row in shown]].cpu())
         start += size
     fail_together(processes, failure)
     trajectory = Trajectory.concatenate(parts)
@@ -154,7 +157,8 @@ def collect(
         advantages=advantages,
         path_kl=float(everyones_kl.sum(1).mean()),
         kl_per_step=everyones_kl.mean(0),
-        images=torch.cat(pictures)[: config.tracking.num_pictures],
+        shown=shown,
+        images=torch.cat(pictures),
         prompts=texts,
     )
 

@@ -6,8 +6,8 @@ from trainers.checkpoint import checkpoint_epoch
 from trainers.evaluation import Evaluation
 from trainers.model_card import write_model_card
 from trainers.overoptimisation import best_weights
-from trainers.pictures import save_curves, to_pil
-from trainers.report import BEFORE_AFTER, spread, write_comparison
+from trainers.pictures import save_curves, spread, to_pil
+from trainers.report import BEFORE_AFTER, write_comparison
 from trainers.run import read_metrics
 from trainers.session import Session
 from trainers.tracking import Picture

@@ -68,8 +68,8 @@ class Evaluation:
     prompts: tuple[str, ...]
 
     def summary(self) -> dict[str, Measure]:
-        """Mean and standard error by name."""
-        return {name: Measure.of(values) for name, values in self.values.items()}
+        """Mean and standard error by name, in the order to read them."""
+        return {name: Measure.of(self.values[name]) for name in sorted(self.values, key=_reading_order)}
 
     def pictures(self) -> Tensor:
         """The images as (E, 3, H, W) float32 in [0, 1]."""
@@ -97,6 +97,13 @@ class Evaluation:
         images = tensors.pop("images")
         values = {key.removeprefix("value."): value for key, value in tensors.items()}
         return cls(values=values, images=images, prompts=tuple(prompts))
+
+
+def _reading_order(name: str) -> tuple[int, str]:
+    """The optimised reward first, then its parts, what was held out, KL, diversity, and noise-free sampling."""
+    order = ("reward", "heldout/", KL, "diversity", "ode/")
+    rank = next((place for place, prefix in enumerate(order) if name.startswith(prefix)), 0)
+    return (rank, "" if name == "reward" else name)
 
 
 Place = tuple[Prompt, int]

@@ -223,7 +223,7 @@ def _epochs(session: Session, scorer: Scorer) -> bool:
     stopped = is_overoptimised(session)
     if out_of_time:
         session.progress.line(f"max_minutes ({config.max_minutes:g}) are used up: no epoch is trained")
-    with session.progress.epochs(state.epoch, config.epochs) as bar:
+    with session.progress.epochs(state.epoch, config.epochs, timed=config.max_minutes is not None) as bar:
         for _ in bar:
             if out_of_time or stopped:
                 break
@@ -290,10 +290,10 @@ def _log(session: Session, collected: Collected, report: UpdateReport, clock: St
     session.tracker.log(scalars(row), step=state.epoch)
     session.tracker.histogram("reward/histogram", collected.scores.total.tolist(), step=state.epoch)
     if due(state.epoch, state.config.tracking.pictures_every_epochs):
-        scores = collected.experience.scores.tolist()
-        captions = [caption(p, s) for p, s in zip(collected.prompts, scores[: len(collected.images)], strict=False)]
         condition = collected.experience.trajectory.condition
-        drawn = with_inputs(collected.images, shown_inputs(condition.metadata, collected.images))
+        captions = [caption(condition.prompts[i], float(collected.experience.scores[i])) for i in collected.shown]
+        inputs = shown_inputs([condition.metadata[i] for i in collected.shown], collected.images)
+        drawn = with_inputs(collected.images, inputs)
         session.run.save_picture(grid(drawn, captions), f"epoch_{state.epoch:06d}")
         pictures = [Picture(image=x, caption=text) for x, text in zip(drawn, captions, strict=True)]
         session.tracker.images("samples", pictures, step=state.epoch)

@@ -30,6 +30,12 @@ Colour = tuple[int, int, int]
 Line = tuple[str, Colour]
 
 
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over `total`."""
+    count = min(total, count)
+    return [index * total // count for index in range(count)]
+
+
 def to_pil(image: "Tensor") -> Image.Image:
     """One image (3, H, W) in [0, 1] as 8-bit RGB."""
     pixels = image.detach().float().clamp(0, 1).mul(255).round().byte()

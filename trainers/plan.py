@@ -35,6 +35,7 @@ class BatchPlan:
         num_processes: Processes that share an epoch.
         rank: The process that this is the plan of; the others' differ by one sample where N / P is no whole number.
         epochs: Epochs of the run.
+        max_minutes: Of training, after which the run ends sooner; None for no limit.
         images_per_epoch: Samples over all processes.
         group_size: Samples per prompt.
         groups_per_epoch: Prompts drawn per epoch over all processes.
@@ -63,6 +64,7 @@ class BatchPlan:
     num_processes: int
     rank: int
     epochs: int
+    max_minutes: float | None
     images_per_epoch: int
     group_size: int
     groups_per_epoch: int
@@ -128,7 +130,8 @@ class BatchPlan:
             (
                 "run",
                 f"{_count(self.epochs, 'epoch')}, {self.optimizer_steps_total:,} optimizer steps, "
-                f"{self.epochs * self.images_per_epoch:,} images",
+                f"{self.epochs * self.images_per_epoch:,} images"
+                + ("" if self.max_minutes is None else f", or {self.max_minutes:g} minutes of training"),
             ),
         ]
         return "\n".join(f"{name:<14}{text}" for name, text in rows)
@@ -200,6 +203,7 @@ def make_plan(
         num_processes=num_processes,
         rank=rank,
         epochs=config.epochs,
+        max_minutes=config.max_minutes,
         images_per_epoch=batch.samples_per_epoch,
         group_size=batch.group_size,
         groups_per_epoch=batch.samples_per_epoch // batch.group_size,

@@ -5,15 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from ddpo.input_images import inputs_of
 from trainers.collection import Collected
-from trainers.evaluation import KL, Evaluation, Measure
+from trainers.evaluation import Evaluation, Measure
 from trainers.metrics import Stopwatch, memory_gib
-from trainers.pictures import side_by_side
+from trainers.pictures import side_by_side, spread
 from trainers.run import Metric
 from trainers.state import TrainState
 from trainers.update import UpdateReport
@@ -95,9 +94,8 @@ def epoch_line(row: Mapping[str, Metric]) -> str:
 def comparison(before: Evaluation, after: Evaluation) -> str:
     """The table that ends a run: before, after, and the paired difference with its standard error."""
     rows = [("", "pretrained", "fine-tuned", "difference", "in SE")]
-    summary = before.summary()
-    for name in sorted(summary, key=_place):
-        old, new = summary[name], Measure.of(after.values[name])
+    for name, old in before.summary().items():
+        new = Measure.of(after.values[name])
         change = Measure.of(after.values[name] - before.values[name])
         ratio = f"{change.mean / change.error:+.1f}" if change.error else ""
         rows.append((name, str(old), str(new), _signed(change), ratio))
@@ -105,13 +103,6 @@ def comparison(before: Evaluation, after: Evaluation) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _place(name: str) -> tuple[int, str]:
-    """The optimised reward first, then its parts, what was held out, KL, diversity, and noise-free sampling."""
-    order = ("reward", "heldout/", KL, "diversity", "ode/")
-    rank = next((place for place, prefix in enumerate(order) if name.startswith(prefix)), 0)
-    return (rank, "" if name == "reward" else name)
 
 
 def write_comparison(
@@ -156,12 +147,6 @@ def shown_inputs(metadata: Sequence[Mapping[str, object]], images: Tensor) -> li
         images: The pictures.
     """
     return inputs_of(metadata[: len(images)], (images.shape[-1], images.shape[-2]))
-
-
-def spread(total: int, count: int) -> Tensor:
-    """At most `count` indices, evenly over `total`."""
-    count = min(total, count)
-    return torch.arange(count) * total // count
 
 
 def _signed(measure: Measure) -> str:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 import trainers.collection
 import trainers.loop
@@ -27,6 +28,7 @@ from trainers.config_io import load_config, to_yaml
 from trainers.decoded import ImageError
 from trainers.loop import resume, train, train_from_config
 from trainers.metrics import StepMeans
+from trainers.pictures import caption, grid
 from trainers.processes import Processes
 from trainers.run import read_metrics
 from trainers.update import DivergedError, GateError, check_gate, rate_factor
@@ -229,6 +231,31 @@ def test_skipped_updates_are_counted_by_epoch(tmp_path: Path) -> None:
     rows = read_metrics(train(policy, reward="brightness", prompts=["a cat", "a dog"], config=config))
     assert [row["optimizer/skipped"] for row in rows] == [1, 0]
     assert not any("policy/step_kl_nats" in row for row in rows), "without a weight no update computes the KL"
+
+
+def test_an_epochs_pictures_are_of_all_its_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[Image.Image], list[str]]] = []
+
+    def recorded(images: list[Image.Image], captions: list[str]) -> Image.Image:
+        drawn.append((images, captions))
+        return grid(images, captions)
+
+    def corner(images, prompts, metadata):  # type: ignore[no-untyped-def]
+        return 255 * images[:, 0, 0, 0]
+
+    monkeypatch.setattr(trainers.loop, "grid", recorded)
+    config = small(
+        batch=BatchConfig(samples_per_epoch=8, group_size=2, sample_batch_size=3, train_batch_size=8),
+        tracking=TrackingConfig(trackers=(), pictures_every_epochs=1, num_pictures=4),
+        run=RunConfig(output_dir=str(tmp_path)),
+    )
+    train(tiny_policy(), reward=corner, prompts=["a cat", "a dog", "a bird", "a fish"], config=config)
+    ((images, captions),) = drawn
+    assert sorted(text.partition("\n")[0] for text in captions) == ["a bird", "a cat", "a dog", "a fish"]
+    assert captions == [
+        caption(text.partition("\n")[0], image.getpixel((0, 0))[0])
+        for image, text in zip(images, captions, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])

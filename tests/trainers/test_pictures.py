@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from trainers import pictures
-from trainers.pictures import caption, captioned, enlarge, grid, save_curves, side_by_side, to_pil
+from trainers.evaluation import Evaluation
+from trainers.pictures import caption, captioned, enlarge, grid, save_curves, side_by_side, spread, to_pil
 
 
 def test_pixels_are_rounded_not_truncated():
@@ -119,3 +120,14 @@ def test_curves_skip_missing_values_and_keys(tmp_path):
 def test_curves_without_any_data_say_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="none of kl is in the 1 rows of metrics, which hold epoch, reward"):
         save_curves([{"epoch": 1, "reward": 2.0}], ["kl"], tmp_path / "curves.png")
+
+
+def test_measures_are_told_in_the_same_order_whatever_the_order_they_came_in():
+    order = ["reward", "clip", "clip/part", "heldout/aesthetic", "kl (nats)", "diversity", "ode/reward"]
+    values = {name: torch.zeros(2) for name in reversed(order)}
+    evaluation = Evaluation(values=values, images=torch.zeros(2, 3, 4, 4, dtype=torch.uint8), prompts=("a", "b"))
+    assert list(evaluation.summary()) == order
+
+
+def test_indices_are_spread_evenly():
+    assert spread(8, 4) == [0, 2, 4, 6] and spread(3, 9) == [0, 1, 2]

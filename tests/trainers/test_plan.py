@@ -187,6 +187,8 @@ def test_the_description_reads_as_a_table():
         "denoiser rows 8,800 per epoch = 5,440 sampling + 2,720 training + 640 reference",
         "run           3 epochs, 6 optimizer steps, 816 images",
     ]
+    timed = make_plan(dataclasses.replace(config, max_minutes=2.5), num_processes=2, num_stochastic=10).describe()
+    assert timed.endswith("816 images, or 2.5 minutes of training")
 
 
 @given(processes=st.integers(1, 6), groups=st.integers(1, 12), group=st.integers(1, 6))
