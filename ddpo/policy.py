@@ -28,9 +28,9 @@ from ddpo.guidance import GuidanceRule, unguided
 from ddpo.loading import Source, load_pipeline
 from ddpo.pipeline_call import PipelineCall, read_call
 from ddpo.quantization import Quantization, is_quantized
-from ddpo.reading import Reading, read_pipeline, recorded_steps
+from ddpo.reading import read_pipeline, recorded_steps
 from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, predicted, transition
-from ddpo.schedule import Schedule, training_scheduler
+from ddpo.schedule import PredictionType, Schedule, training_scheduler
 from ddpo.step_selection import StepSelection
 from ddpo.tracing import find_denoiser
 from ddpo.trajectory import Condition
@@ -60,7 +60,9 @@ class Policy:
     latent_shape: tuple[int, ...]
     rule: GuidanceRule
     schedule: Schedule
-    _reading: Reading
+    _kind: PredictionType
+    _noisy: Schedule
+    _ode: Schedule
     _unguided: GuidanceRule
 
     def __init__(
@@ -182,7 +184,7 @@ class Policy:
         rule = self.rule if guided else self._unguided
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
         output = rule.combine(negative, positive, self.sampler.guidance_scale)
-        return transition(self.schedule, k, x, output, kind=self._reading.kind)
+        return transition(self.schedule, k, x, output, kind=self._kind)
 
     def predicted_x0(self, k: int | Tensor, x: Tensor, condition: Condition) -> Tensor:
         """The clean latents that the guided network predicts from x at step k, (B, *latent); one pass of the network.
@@ -194,14 +196,14 @@ class Policy:
         """
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
         output = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        return predicted(self.schedule, k, x, output, kind=self._reading.kind).x0
+        return predicted(self.schedule, k, x, output, kind=self._kind).x0
 
     def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
         """The guided and the unguided distribution from one pass of the network."""
         negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
         guided = self.rule.combine(negative, positive, self.sampler.guidance_scale)
         alone = self._unguided.combine(None, positive, 1.0)
-        first, second = (transition(self.schedule, k, x, output, kind=self._reading.kind) for output in (guided, alone))
+        first, second = (transition(self.schedule, k, x, output, kind=self._kind) for output in (guided, alone))
         return first, second
 
     def _time(self, k: int | Tensor, x: Tensor) -> Tensor:
@@ -234,9 +236,7 @@ class Policy:
             epoch: Finished epochs.
             seed: Of the run.
         """
-        self.schedule = epoch_schedule(
-            self._reading.noisy, self._reading.ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed
-        )
+        self.schedule = epoch_schedule(self._noisy, self._ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed)
 
     def with_sampler(self, sampler: SamplerConfig, *, seed: int = 0) -> "Policy":
         """The same weights and network, sampled otherwise, with the stochastic steps of a first epoch.
@@ -270,7 +270,7 @@ class Policy:
     @contextmanager
     def noise_free(self) -> Iterator[None]:
         """Samples by the ODE of the same schedule, for the time of a `with` block."""
-        schedule, self.schedule = self.schedule, self._reading.ode
+        schedule, self.schedule = self.schedule, self._ode
         try:
             yield
         finally:
@@ -387,10 +387,10 @@ class Policy:
 
     def _read(self, call: PipelineCall) -> None:
         """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
-        reading = read_pipeline(self.pipeline, self.denoiser, call, self.sampler)
-        self._reading = reading
-        self.call, self.latent_shape, self.rule = reading.call, reading.latent_shape, reading.rule
-        self._unguided = unguided(reading.rule)
+        found = read_pipeline(self.pipeline, self.denoiser, call, self.sampler)
+        self.call, self.latent_shape, self._kind = found.call, found.latent_shape, found.kind
+        self._noisy, self._ode = found.noisy, found.ode
+        self.rule, self._unguided = found.rule, unguided(found.rule)
 
     def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
         """The condition of each prompt, with its image where there are images, from a call of its own."""

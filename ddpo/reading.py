@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -133,12 +134,7 @@ def _probe(
     """What the pipeline does with a few prompts; from prompts alone where an image for each is not taken."""
 
     def probed(call: PipelineCall) -> tuple[PipelineCall, list[Step], Step, Step]:
-        def hollow(
-            prompts: Sequence[str], images: Sequence[Image] | None, *, num_steps: int | None = None
-        ) -> list[Step]:
-            return recorded_steps(pipeline, module, call, prompts, images, num_steps=num_steps)
-
-        return call, *probe(pipeline, hollow, call.image_size)
+        return call, *probe(pipeline, partial(recorded_steps, pipeline, module, call), call.image_size)
 
     try:
         return probed(call)

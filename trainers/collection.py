@@ -107,7 +107,8 @@ def collect(
             failure = failure or failed
         if config.batch.trajectories == "cpu":
             parts[-1] = parts[-1].kept_on_cpu()
-        pictures.append(images[[row for row in range(size) if start - own.start + row in shown]].cpu())
+        first = start - own.start
+        pictures.append(images[[row - first for row in shown if first <= row < first + size]].cpu())
         start += size
     fail_together(processes, failure)
     trajectory = Trajectory.concatenate(parts)

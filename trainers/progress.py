@@ -22,11 +22,10 @@ class Progress:
 
     def epochs(self, start: int, stop: int, *, timed: bool = False) -> "tqdm[int]":
         """The bar over a run's epochs; of a run that is timed without a guess at when the last one would end."""
-        guess = "{elapsed}" if timed else "{elapsed}<{remaining}"
         return tqdm(
             range(start, stop), initial=start, total=stop, desc="epochs", unit="epoch", disable=not self._enabled,
             dynamic_ncols=True, mininterval=0.5 if self._inner else 30.0,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [" + guess + ", {rate_fmt}{postfix}]",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if timed else None,
         )  # fmt: skip
 
     def line(self, text: str) -> None:

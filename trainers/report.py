@@ -140,13 +140,8 @@ def write_comparison(
 
 
 def shown_inputs(metadata: Sequence[Mapping[str, object]], images: Tensor) -> list[Image] | None:
-    """The input images of pictures (B, 3, H, W), at their size; None where there are none.
-
-    Args:
-        metadata: At least B; the first B count.
-        images: The pictures.
-    """
-    return inputs_of(metadata[: len(images)], (images.shape[-1], images.shape[-2]))
+    """The input images of prompts, at the size of pictures (B, 3, H, W); None where there are none."""
+    return inputs_of(metadata, (images.shape[-1], images.shape[-2]))
 
 
 def _signed(measure: Measure) -> str:
