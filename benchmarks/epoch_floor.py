@@ -15,19 +15,18 @@ import time
 import torch
 
 from ddpo import Policy
-from ddpo.objectives import policy_gradient
+from ddpo.path_kl import draw_sites
 from rewards import WeightedSum
-from trainers.collection import collect
-from trainers.config_io import load_config
-from trainers.metrics import Stopwatch
-from trainers.plan import BatchPlan, kl_samples, make_plan
-from trainers.policies import load_policy
-from trainers.processes import Processes
-from trainers.progress import Progress
+from trainers.config.io import load_config
+from trainers.epoch.binding import online, updater
+from trainers.epoch.state import TrainState
+from trainers.parallel.processes import Processes
+from trainers.planning.plan import BatchPlan, make_plan
+from trainers.planning.policy_loading import load_policy
 from trainers.prompts import PromptStream, load_prompts
-from trainers.scoring import Scorer
-from trainers.state import TrainState
-from trainers.update import update
+from trainers.scoring.scorer import scoring_threads
+from trainers.tracking.metrics import Stopwatch
+from trainers.tracking.progress import Progress
 
 
 def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: bool) -> float:
@@ -53,14 +52,12 @@ def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: boo
                         call(rows, k)
             first += size
         if not penalised:
-            few = torch.arange(min(kl_samples(1), len(prompts)))
-            for k in policy.schedule.stochastic_steps:
-                call(few, k)
+            sites = draw_sites(len(prompts), policy.schedule, seed=0)
             with policy.reference():
-                for k in policy.schedule.stochastic_steps:
-                    call(few, k)
-    for _ in range(plan.inner_epochs):
-        for count in plan.transitions_per_update:
+                for piece in torch.arange(len(sites.rows)).split(plan.sample_batches[0]):
+                    call(sites.rows[piece], sites.steps[piece])
+    for _ in range(plan.passes):
+        for count in plan.units_per_update:
             for piece in torch.arange(count).split(plan.train_batch_size):
                 output = call(piece % len(prompts), piece % plan.num_steps)
                 if penalised:
@@ -87,19 +84,20 @@ def main() -> None:
     plan = make_plan(config, num_processes=1, num_stochastic=num_stochastic, branches=policy.rule.branches)
     reward = WeightedSum(config.rewards, device=policy.device)
     state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
-    objective = policy_gradient(config.objective)
+    update = updater(state, plan, processes=processes, progress=progress)
     print(plan.describe())
     epochs, floors, phases = [], [], {}
-    with Scorer(reward) as scorer:
+    with scoring_threads(1) as threads:
+        source = online(state, plan, threads=threads, processes=processes, progress=progress)
         for turn in range(options.rounds + 1):
             clock = Stopwatch(policy.device)
             started = time.perf_counter()
-            collected = collect(state, plan, processes, scorer, progress, clock)
+            collected = source(state.epoch, clock)
             with clock("train"):
-                update(state, objective, collected.experience, plan, processes, progress)
+                update(collected.experience, epoch=state.epoch)
             epoch = time.perf_counter() - started
-            bare = floor(policy, plan, list(collected.prompts), penalised=state.alpha > 0)
-            state.epoch += 1
+            bare = floor(policy, plan, [prompt.text for prompt in collected.prompts], penalised=bool(state.alpha))
+            state.counts.epoch += 1
             if turn > 0:
                 epochs.append(epoch)
                 floors.append(bare)

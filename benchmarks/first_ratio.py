@@ -1,7 +1,8 @@
-"""The largest |log ratio| before any update, by precision and way of running the network: 0 is exact.
+"""The |log ratio| before any update, by precision and way of running the network: 0 is exact.
 
 Chains of the shipped pipeline are sampled with a perturbed LoRA; every step's log-probability is computed again as
-training would, in nats per latent dimension. `D` is 256.
+training would, in nats per latent dimension. `D` is 256. A second table has what rounding alone does to the joint ratio
+once weights have moved: the root mean square of the log ratio of a step, in nats, where the LoRA's have by a millionth.
 
     python benchmarks/first_ratio.py
     python benchmarks/first_ratio.py --compile      also with torch.compile (a minute or more)
@@ -15,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
-from ddpo.denoiser import Precision
+from ddpo.pipeline.denoiser import Precision
 
 PROMPTS = ("a red circle", "two blue squares", "a green cross above a cyan circle", "three yellow triangles") * 2
 
@@ -33,9 +34,9 @@ def merged(policy: Policy) -> Iterator[None]:
             layer.unmerge()
 
 
-def load(precision: Precision) -> Policy:
-    """The shipped pipeline with an adapter that does something."""
-    sampler = SamplerConfig(num_steps=10, guidance_scale=3.0)
+def load(precision: Precision, *, size: int = 32) -> Policy:
+    """The shipped pipeline with an adapter that does something, for pictures of so many pixels a side."""
+    sampler = SamplerConfig(num_steps=10, guidance_scale=3.0, height=size, width=size)
     policy = Policy.from_pretrained("shapes", sampler=sampler, adapter=LoraConfig(), precision=precision, device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -57,6 +58,18 @@ def worst(policy: Policy, path: Trajectory, *, rows: int) -> float:
     return largest / path.latents[0, 0].numel()
 
 
+@torch.no_grad()
+def rounding(precision: Precision, *, size: int) -> float:
+    """Root mean square of the log ratio of a step, in nats, after all trained weights have moved by a millionth."""
+    policy, generator = load(precision, size=size), torch.Generator().manual_seed(1)
+    path = rollout(policy, policy.encode(PROMPTS), sample_seeds(0, 0, range(len(PROMPTS))))
+    for weight in policy.trainable().values():
+        weight *= 1 + 1e-6 * torch.randn(weight.shape, generator=generator)
+    steps = path.schedule.stochastic_steps
+    again = [policy(k, path.latents[:, k], path.condition).log_prob(path.latents[:, k + 1]) for k in steps]
+    return float((torch.stack(again, dim=1) - path.log_probs[:, list(steps)]).square().mean().sqrt())
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,6 +80,10 @@ def main() -> None:
     cases = {"same calls": (8, False), "training in calls of 3 rows": (3, False), "LoRA merged for sampling": (8, True)}
     for name, (rows, merge) in cases.items():
         print(f"| {name} | " + " | ".join(f"{_measure(p, rows=rows, merge=merge):.1e}" for p in precisions) + " |")
+    print("\n| joint ratio, rounding alone | fp32 | bf16 | fp16 |\n|---|---|---|---|")
+    for size in (32, 64, 128):
+        row = " | ".join(f"{rounding(precision, size=size):.1e}" for precision in precisions)
+        print(f"| {size} px, D = {size * size // 4} | {row} |")
     if options.compile:
         numbers = [_measure(precision, rows=8, merge=False, compiled=True) for precision in precisions[:2]]
         print("| compiled | " + " | ".join(f"{number:.1e}" for number in numbers) + " | |")

@@ -19,24 +19,22 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo.objectives import policy_gradient
 from rewards import WeightedSum
-from trainers.collection import collect
 from trainers.config import Config
-from trainers.config_io import load_config
-from trainers.estimate.architectures import STABLE_DIFFUSION
-from trainers.estimate.blueprint import read_blueprint
-from trainers.estimate.cards import GIB
-from trainers.estimate.memory import Estimate, estimate
-from trainers.metrics import Stopwatch
-from trainers.plan import expected_plan, make_plan
-from trainers.policies import load_policy
-from trainers.processes import Processes
-from trainers.progress import Progress
+from trainers.config.io import load_config
+from trainers.epoch.binding import online, updater
+from trainers.epoch.state import TrainState
+from trainers.parallel.processes import Processes
+from trainers.planning.architectures import STABLE_DIFFUSION
+from trainers.planning.estimate.blueprint import read_blueprint
+from trainers.planning.estimate.cards import GIB
+from trainers.planning.estimate.memory import Estimate, estimate
+from trainers.planning.plan import expected_plan, make_plan
+from trainers.planning.policy_loading import load_policy
 from trainers.prompts import PromptStream, load_prompts
-from trainers.scoring import Scorer
-from trainers.state import TrainState
-from trainers.update import update
+from trainers.scoring.scorer import scoring_threads
+from trainers.tracking.metrics import Stopwatch
+from trainers.tracking.progress import Progress
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 
@@ -101,17 +99,18 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
     plan = make_plan(config, num_processes=1, num_stochastic=num_stochastic, branches=policy.rule.branches)
     reward = WeightedSum(config.rewards, device=policy.device)
     state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
-    objective, cuda = policy_gradient(config.objective), policy.device.type == "cuda"
+    update, cuda = updater(state, plan, processes=processes, progress=progress), policy.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     best: dict[str, float] = {}
-    with Scorer(reward) as scorer:
+    with scoring_threads(1) as threads:
+        source = online(state, plan, threads=threads, processes=processes, progress=progress)
         for turn in range(rounds + 1):
             clock, started = Stopwatch(policy.device), time.perf_counter()
-            collected = collect(state, plan, processes, scorer, progress, clock)
+            collected = source(state.epoch, clock)
             with clock("train"):
-                update(state, objective, collected.experience, plan, processes, progress)
-            state.epoch += 1
+                update(collected.experience, epoch=state.epoch)
+            state.counts.epoch += 1
             seconds = {**clock.seconds, "epoch": time.perf_counter() - started}
             if turn > 0 and (not best or seconds["epoch"] < best["epoch"]):
                 best = seconds

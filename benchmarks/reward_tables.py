@@ -18,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rewards import resolve
-from rewards.cli import table
-from rewards.geneval.detector import preprocess as owlv2_preprocess
-from rewards.nsfw import VIT
+from rewards.builtin.geneval.detector import preprocess as owlv2_preprocess
+from rewards.builtin.nsfw import VIT
+from rewards.builtin.siglip_score import SIGLIP
+from rewards.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from rewards.optional import require
-from rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from rewards.siglip_score import SIGLIP
+from rewards.tools.table import table
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 Library = Callable[[Image.Image], Tensor]

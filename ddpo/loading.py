@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from ddpo.quantization import Quantization, quantization_config
-from ddpo.schedule import flow_matching_scheduler
+from ddpo.pipeline.quantization import Quantization, quantization_config
+from ddpo.pipeline.scheduler import flow_matching_scheduler
+from ddpo.pipeline.unloadable import check_weights, reason
+from ddpo.validation import FieldError
 
 SHAPES = Path(__file__).parent / "assets" / "shapes"
 
@@ -39,8 +41,9 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` with two changes.
 
-    The safety checker is left out, which would blacken images before they are scored, and a flow-matching model's
-    solver becomes the scheduler of the same noise schedule (`ddpo.schedule.flow_matching_scheduler`).
+    The safety checker is left out where the pipeline can do without, since it would blacken images before they are
+    scored, and a flow-matching model's solver becomes the scheduler of the same noise schedule
+    (`ddpo.pipeline.scheduler.flow_matching_scheduler`).
 
     Args:
         path: A folder, a Hugging Face hub id, or `shapes`.
@@ -50,19 +53,16 @@ def load_pipeline(
         quantization: Of the denoiser's linear layers; None for none.
 
     Raises:
-        FileNotFoundError: Neither a pipeline folder nor a hub model that can be reached.
+        FieldError: Neither a pipeline folder nor a hub model that can be reached.
     """
     folder = SHAPES if str(path) == "shapes" else Path(path).expanduser()
-    if folder.is_dir():
+    if folder.exists():
+        check_weights(folder, variant=variant)
         if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"model.path {str(folder)!r} is a folder without model_index.json; "
-                "give a folder written by a diffusers pipeline's save_pretrained"
-            )
+            written = "a folder that a diffusers pipeline's save_pretrained has written, with model_index.json"
+            raise FieldError("path", str(folder), written)
     elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise FileNotFoundError(
-            f"model.path {str(path)!r} is neither a folder nor a hub id owner/name; 'shapes' ships with ddpo"
-        )
+        raise FieldError("path", str(path), "a folder, a hub id owner/name, or shapes, which ships with ddpo")
     source = str(folder) if folder.is_dir() else str(path)
     quantizer = None if quantization is None else quantization_config(quantization, dtype=dtype)
     try:
@@ -74,15 +74,12 @@ def load_pipeline(
             local_files_only=folder.is_dir(),
             quantization_config=quantizer,
         )
-    except (OSError, ValueError, AttributeError) as error:
-        raise FileNotFoundError(f"model.path {source!r} could not be loaded: {_first_line(error)}") from error
-    if pipeline.components.get("safety_checker") is not None:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        why = reason(error, source, revision=revision)
+        raise FieldError("path", source, f"a pipeline that can be loaded ({why})") from error
+    if pipeline.components.get("safety_checker") is not None and "requires_safety_checker" in pipeline.config:
         pipeline.register_modules(safety_checker=None)
         pipeline.register_to_config(requires_safety_checker=False)
     if pipeline.components.get("scheduler") is not None:
         pipeline.scheduler = flow_matching_scheduler(pipeline.scheduler)
     return pipeline
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

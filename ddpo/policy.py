@@ -3,78 +3,86 @@
     (k, x_k, condition) -> N(mean, std_k^2 I),    mean = a' x0_hat + direction * eps_hat
 
 where (x0_hat, eps_hat) is what the denoiser predicts after classifier-free guidance and a', direction, std are the
-schedule's (`ddpo.schedule`). B is the batch, `latent` the latent shape.
+schedule's (`ddpo.sampling.schedule`). A policy is a frozen view of a model (`ddpo.model`): what is sampled otherwise,
+follows another chain or leaves guidance out is another view of the same weights. B is the batch, `latent` the latent
+shape.
 """
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, Self
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ddpo import lora
-from ddpo.decoding import Decoder
-from ddpo.denoiser import DTYPES, Denoiser, Precision
-from ddpo.encoding import Encoder
-from ddpo.gaussian import Gaussian
-from ddpo.guidance import GuidanceRule, unguided
 from ddpo.loading import Source, load_pipeline
-from ddpo.pipeline_call import PipelineCall, read_call
-from ddpo.quantization import Quantization, is_quantized
-from ddpo.reading import read_pipeline, recorded_steps
-from ddpo.samplers import SamplerConfig, default_sampler, epoch_schedule, predicted, transition
-from ddpo.schedule import PredictionType, Schedule, training_scheduler
-from ddpo.step_selection import StepSelection
-from ddpo.tracing import find_denoiser
+from ddpo.model import Model, Wiring
+from ddpo.pipeline.call import PipelineCall
+from ddpo.pipeline.denoiser import DTYPES, Denoiser, Precision
+from ddpo.pipeline.guidance import GuidanceRule, unguided
+from ddpo.pipeline.quantization import Quantization
+from ddpo.pipeline.scheduler import default_sampler
+from ddpo.sampling.gaussian import Gaussian
+from ddpo.sampling.prediction import Prediction, network_output
+from ddpo.sampling.samplers import SamplerConfig, epoch_schedule, predicted, step
+from ddpo.sampling.schedule import PredictionType, Schedule, coefficient
+from ddpo.sampling.step_selection import StepSelection
+from ddpo.seeds import fill_noise
 from ddpo.trajectory import Condition
+from ddpo.validation import UserError
+from ddpo.weights.adapter import AdapterConfig, LoraConfig
+from ddpo.weights.export import read_weights, save_weights
+from ddpo.weights.trained_network import TrainedNetwork
+
+
+class Outputs(NamedTuple):
+    """What one pass of the network returns of its branches, (B, ...) each; negative is None where it did not run."""
+
+    negative: Tensor | None
+    positive: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a policy looks at its model.
+
+    Attributes:
+        sampler: How it is sampled.
+        wiring: The pipeline as understood for this sampler.
+        schedule: Coefficients of the chain.
+        rule: How the two branches are combined.
+    """
+
+    sampler: SamplerConfig
+    wiring: Wiring
+    schedule: Schedule
+    rule: GuidanceRule
 
 
 class Policy:
     """A stepwise Gaussian policy over a pipeline's latents.
 
     Latents and means are float32; the network runs in `precision`. Log-probabilities are of the transition that was
-    sampled, in nats, summed over the latent dimensions, float64.
-
-    Attributes:
-        pipeline: The stock pipeline; its scheduler is the one that the schedule was read from.
-        sampler: How it is sampled.
-        adapter: What is trained; None for nothing.
-        offload: Whether text encoders and VAE rest on the CPU.
-        source: What the pipeline was loaded from; None for one that was made otherwise.
-        schedule: Coefficients of the chain in the present epoch, float32 on the device.
-        latent_shape: Shape of one sample's latents.
-        name: The denoiser's component name, `unet` or `transformer`.
-        call: How the pipeline is called.
-        denoiser: The network and how it is called.
-        rule: The pipeline's way to guide, found by comparing with its own output.
+    sampled, in nats, summed over the latent dimensions, float64. Nothing about a policy changes but the weights, which
+    all views of a model share.
     """
-
-    call: PipelineCall
-    latent_shape: tuple[int, ...]
-    rule: GuidanceRule
-    schedule: Schedule
-    _kind: PredictionType
-    _noisy: Schedule
-    _ode: Schedule
-    _unguided: GuidanceRule
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         *,
         sampler: SamplerConfig,
-        adapter: lora.AdapterConfig | None = None,
+        adapter: AdapterConfig | None = None,
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
         offload: bool = False,
         seed: int = 0,
+        source: Source | None = None,
     ) -> None:
         """Traces a pipeline and attaches what is to be trained.
 
@@ -86,40 +94,16 @@ class Policy:
             precision: Of the network. LoRA weights stay float32.
             device: Where to run.
             offload: Keep text encoders and VAE on the CPU when they are not in use.
-            seed: Of the adapter's initialisation, and of the stochastic steps before `begin_epoch`.
+            seed: Of the adapter's initialisation, and of the stochastic steps of the first epoch.
+            source: What the pipeline was loaded from; None for one that was made otherwise.
 
         Raises:
             UntraceableError: The pipeline does not fit; the message says why.
-            ValueError: The sampler or the scheduler does not fit the model, or the denoiser has an adapter already.
+            UserError: The sampler or the scheduler does not fit the model, or the denoiser has an adapter already.
         """
-        self.name = find_denoiser(pipeline)
-        module: ModelMixin = getattr(pipeline, self.name)
-        lora.check_has_none(module, self.name)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = training_scheduler(pipeline.scheduler)
-        self.pipeline = pipeline
-        self.sampler = sampler
-        self.adapter = adapter
-        self.offload = offload
-        self.source: Source | None = None
-        self.device = torch.device(device)
-        call = read_call(pipeline, module, sampler)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.to(self.device).requires_grad_(False).eval()
-                if component.dtype != DTYPES[precision] and not is_quantized(component):
-                    component.to(DTYPES[precision])
-        self.denoiser = Denoiser(module, precision=precision, device=self.device)
-        self._read(call)
-        self._decoder = Decoder(pipeline, module, self.call, device=self.device, offload=offload)
-        self._encoder = self._make_encoder()
-        self.begin_epoch(0, seed=seed)
-        if is_quantized(module) and isinstance(adapter, lora.FullConfig):
-            raise ValueError("quantised weights cannot be trained; use a LoraConfig, or load without quantization")
-        self._reference = lora.frozen_copy(module) if isinstance(adapter, lora.FullConfig) else None
-        if adapter is not None:
-            lora.attach(module, adapter, seed=seed)
-        self._decoder.rest()
+        self._model = Model(pipeline, precision=precision, device=device, offload=offload, source=source)
+        self._view = _first_epoch(sampler, self._model.wire(sampler), seed=seed)
+        self._trained = TrainedNetwork(self._model.network, adapter, used=self._view.wiring.reading.used, seed=seed)
 
     @classmethod
     def from_pretrained(
@@ -127,7 +111,7 @@ class Policy:
         path: str | Path,
         *,
         sampler: SamplerConfig | None = None,
-        adapter: lora.AdapterConfig | None = None,
+        adapter: AdapterConfig | None = None,
         precision: Precision = "fp32",
         device: torch.device | str | None = None,
         offload: bool = False,
@@ -135,7 +119,7 @@ class Policy:
         variant: str | None = None,
         quantization: Quantization | None = None,
         seed: int = 0,
-    ) -> "Policy":
+    ) -> Self:
         """Loads a pipeline by `DiffusionPipeline.from_pretrained` and wraps it.
 
         Args:
@@ -148,162 +132,257 @@ class Policy:
             offload: Keep text encoders and VAE on the CPU when they are not in use.
             revision: Of the hub repository.
             variant: Of the weight files, such as `fp16`.
-            quantization: Of the denoiser's linear layers (`ddpo.quantization`); default none.
+            quantization: Of the denoiser's linear layers (`ddpo.pipeline.quantization`); default none.
             seed: Of the adapter's initialisation.
 
         Raises:
-            FileNotFoundError: There is no such folder, and the hub has no such model or cannot be reached.
+            FieldError: There is no such folder, and the hub has no such model or cannot be reached.
             UntraceableError: The pipeline does not fit; the message says why.
         """
         pipeline = load_pipeline(
             path, dtype=DTYPES[precision], revision=revision, variant=variant, quantization=quantization
         )
-        policy = cls(
+        return cls(
             pipeline,
             sampler=sampler or default_sampler(pipeline.scheduler),
-            adapter=adapter or lora.LoraConfig(),
+            adapter=adapter or LoraConfig(),
             precision=precision,
             device=device or default_device(),
             offload=offload,
             seed=seed,
+            source=Source(path=str(path), revision=revision, variant=variant, quantization=quantization),
         )
-        policy.source = Source(path=str(path), revision=revision, variant=variant, quantization=quantization)
-        return policy
 
-    # ---- the distribution of a step ---------------------------------------------------------------------------------
+    # ---- what it is -------------------------------------------------------------------------------------------------
 
-    def __call__(self, k: int | Tensor, x: Tensor, condition: Condition, *, guided: bool = True) -> Gaussian:
-        """The distribution of the next latents.
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The stock pipeline; its scheduler is the one that the schedule was read from."""
+        return self._model.pipeline
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """All networks of the pipeline, by the names of its components."""
+        components = self.pipeline.components.items()
+        return {name: component for name, component in components if isinstance(component, nn.Module)}
+
+    @property
+    def source(self) -> Source | None:
+        """What the pipeline was loaded from; None for one that was made otherwise."""
+        return self._model.source
+
+    @property
+    def name(self) -> str:
+        """The denoiser's component name, `unet` or `transformer`."""
+        return self._model.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._model.device
+
+    @property
+    def offload(self) -> bool:
+        """Whether text encoders and VAE rest on the CPU."""
+        return self._model.offload.enabled
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What is trained; None for nothing."""
+        return self._trained.adapter
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How it is sampled."""
+        return self._view.sampler
+
+    @property
+    def schedule(self) -> Schedule:
+        """Coefficients of its chain, float32 on the device."""
+        return self._view.schedule
+
+    @property
+    def rule(self) -> GuidanceRule:
+        """How it guides: the pipeline's way, found by comparing with its own output, or not at all."""
+        return self._view.rule
+
+    @property
+    def kind(self) -> PredictionType:
+        """What its network predicts."""
+        return self._view.wiring.reading.kind
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents."""
+        return self._view.wiring.reading.latent_shape
+
+    @property
+    def call(self) -> PipelineCall:
+        """How the pipeline is called."""
+        return self._view.wiring.reading.call
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network and how it is called."""
+        return self._view.wiring.reading.denoiser
+
+    # ---- other views of the same weights ----------------------------------------------------------------------------
+
+    def at(self, schedule: Schedule) -> Self:
+        """The policy on another chain of its sampler, such as the one that some data were sampled on.
 
         Args:
-            k: Step index, an int or (B,) int64: one call may mix steps.
-            x: Latents, (B, *latent).
-            condition: B rows.
-            guided: Whether classifier-free guidance is applied; without it only the conditional branch runs.
+            schedule: From `schedule_of`, or of a `Trajectory`.
+
+        Raises:
+            UserError: It is no schedule.
         """
-        rule = self.rule if guided else self._unguided
-        negative, positive = self.denoiser.branches(x, self._time(k, x), condition, rule)
-        output = rule.combine(negative, positive, self.sampler.guidance_scale)
-        return transition(self.schedule, k, x, output, kind=self._kind)
+        if not isinstance(schedule, Schedule):
+            raise UserError(f"at() takes a Schedule, as a trajectory's .schedule, got a {type(schedule).__name__}")
+        return self._seen(schedule=schedule)
 
-    def predicted_x0(self, k: int | Tensor, x: Tensor, condition: Condition) -> Tensor:
-        """The clean latents that the guided network predicts from x at step k, (B, *latent); one pass of the network.
-
-        Args:
-            k: Step index, an int or (B,) int64.
-            x: Latents, (B, *latent).
-            condition: B rows.
-        """
-        negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
-        output = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        return predicted(self.schedule, k, x, output, kind=self._kind).x0
-
-    def both(self, k: int | Tensor, x: Tensor, condition: Condition) -> tuple[Gaussian, Gaussian]:
-        """The guided and the unguided distribution from one pass of the network."""
-        negative, positive = self.denoiser.branches(x, self._time(k, x), condition, self.rule)
-        guided = self.rule.combine(negative, positive, self.sampler.guidance_scale)
-        alone = self._unguided.combine(None, positive, 1.0)
-        first, second = (transition(self.schedule, k, x, output, kind=self._kind) for output in (guided, alone))
-        return first, second
-
-    def _time(self, k: int | Tensor, x: Tensor) -> Tensor:
-        return self.schedule.model_time[k].expand(x.shape[0])
-
-    # ---- the trained network ----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The pretrained model, without gradients, for the time of a `with` block."""
-        with torch.no_grad(), self._pretrained():
-            yield
-
-    @contextmanager
-    def _pretrained(self) -> Iterator[None]:
-        if self._reference is None:
-            with lora.adapter_off(self.denoiser.module):
-                yield
-            return
-        network, self.denoiser.network = self.denoiser.network, self._reference
-        try:
-            yield
-        finally:
-            self.denoiser.network = network
-
-    def begin_epoch(self, epoch: int, *, seed: int) -> None:
-        """Takes the schedule of an epoch: which steps are stochastic may change (`ddpo.step_selection`).
+    def schedule_of(self, epoch: int, *, seed: int) -> Schedule:
+        """The chain of an epoch: which steps are stochastic may change (`ddpo.sampling.step_selection`).
 
         Args:
             epoch: Finished epochs.
             seed: Of the run.
         """
-        self.schedule = epoch_schedule(self._noisy, self._ode, self.sampler.stochastic_steps, epoch=epoch, seed=seed)
+        return _schedule(self.sampler, self._view.wiring, epoch=epoch, seed=seed)
 
-    def with_sampler(self, sampler: SamplerConfig, *, seed: int = 0) -> "Policy":
-        """The same weights and network, sampled otherwise, with the stochastic steps of a first epoch.
+    @property
+    def noise_free(self) -> Self:
+        """The policy on the ODE of the same chain."""
+        return self._seen(schedule=self._view.wiring.reading.ode)
 
-        The two policies share the pipeline and all weights; what changes the weights of one changes the other's.
+    @property
+    def full_noise(self) -> Self:
+        """The policy with noise in all steps that have any under its sampler, whichever were chosen."""
+        return self._seen(schedule=self._view.wiring.reading.noisy)
+
+    @property
+    def conditional(self) -> Self:
+        """The policy without guidance: its distribution is that of the conditional branch, which alone runs."""
+        return self._seen(rule=unguided(self.rule))
+
+    def with_sampler(self, sampler: SamplerConfig, *, seed: int = 0) -> Self:
+        """The policy sampled otherwise, with the stochastic steps of a first epoch.
 
         Args:
             sampler: How to sample.
             seed: Of the stochastic steps.
 
         Raises:
-            ValueError: The sampler does not fit the model.
+            UserError: The sampler does not fit the model.
         """
-        other = copy.copy(self)
-        other.sampler = sampler
-        everything = StepSelection()  # which steps are stochastic changes nothing of what is read below
+        wiring, everything = self._view.wiring, StepSelection()
+        # Which steps are stochastic changes nothing of what is read.
         if replace(sampler, stochastic_steps=everything) != replace(self.sampler, stochastic_steps=everything):
-            module = self.denoiser.module
-            call = read_call(self.pipeline, module, sampler)
-            other.denoiser = Denoiser(module, precision=self.denoiser.precision, device=self.device)
-            with self._decoder.auxiliaries():
-                other._read(call)
-            other._decoder = self._decoder.with_call(other.call)
-            if other.rule != self.rule or replace(other.call, num_steps=self.call.num_steps) != self.call:
-                other._encoder = other._make_encoder()  # else the encodings are the same, and are shared
-            other.denoiser.batch_sizes = self.denoiser.batch_sizes
-            other.denoiser.network = self.denoiser.network  # compared as the plain module, run as it is wrapped
-        other.begin_epoch(0, seed=seed)
+            wiring = self._model.wire(sampler, like=wiring)
+        return self._of(_first_epoch(sampler, wiring, seed=seed))
+
+    def _seen(self, *, schedule: Schedule | None = None, rule: GuidanceRule | None = None) -> Self:
+        return self._of(replace(self._view, schedule=schedule or self.schedule, rule=rule or self.rule))
+
+    def _of(self, view: View) -> Self:
+        other = copy.copy(self)
+        other._view = view
         return other
 
-    @contextmanager
-    def noise_free(self) -> Iterator[None]:
-        """Samples by the ODE of the same schedule, for the time of a `with` block."""
-        schedule, self.schedule = self.schedule, self._ode
-        try:
-            yield
-        finally:
-            self.schedule = schedule
+    # ---- the distribution of a step ---------------------------------------------------------------------------------
+
+    def __call__(self, k: int | Tensor, x: Tensor, condition: Condition) -> Gaussian:
+        """The distribution of the next latents.
+
+        Args:
+            k: Step index, an int or (B,) int64: one call may mix steps.
+            x: Latents, (B, *latent).
+            condition: B rows.
+        """
+        return self.distribution(k, self.predict(k, x, condition))
+
+    def predict(self, k: int | Tensor, x: Tensor, condition: Condition) -> Prediction:
+        """The clean latents and the noise that the network sees in any latents, (B, *latent) each; one pass of it.
+
+        Args:
+            k: Step index, an int or (B,) int64.
+            x: Latents, (B, *latent), such as `schedule.noised(k, clean, eps)`.
+            condition: B rows.
+        """
+        return self.prediction(k, x, self.outputs(k, x, condition))
+
+    def outputs(self, k: int | Tensor, x: Tensor, condition: Condition) -> Outputs:
+        """What the network returns, before guidance; arguments as for `predict`.
+
+        From what the guided policy's pass returns, its `conditional` view makes a prediction without another pass.
+        """
+        time = self.schedule.model_time[k].expand(x.shape[0])
+        return Outputs(*self.denoiser.branches(x, time, condition, self.rule))
+
+    def prediction(self, k: int | Tensor, x: Tensor, outputs: Outputs) -> Prediction:
+        """What the network's outputs on the latents x at step k stand for, after guidance."""
+        output = self.rule.combine(outputs.negative, outputs.positive, self.sampler.guidance_scale)
+        return predicted(self.schedule, k, x, output, kind=self.kind)
+
+    def distribution(self, k: int | Tensor, prediction: Prediction) -> Gaussian:
+        """The distribution of the latents after step k, of what was predicted before it."""
+        return step(self.schedule, k, prediction)
+
+    def network_output(self, k: int | Tensor, prediction: Prediction) -> Tensor:
+        """What the network would have returned for a prediction at step k, in its own parametrisation, (B, *latent)."""
+        a, s = (coefficient(level, k, prediction.x0) for level in (self.schedule.a, self.schedule.s))
+        return network_output(prediction, a, s, kind=self.kind)
+
+    # ---- the trained network ----------------------------------------------------------------------------------------
+
+    def reference(self, *, grad: bool = False) -> AbstractContextManager[None]:
+        """The pretrained model, for the time of a `with` block.
+
+        Args:
+            grad: Whether derivatives by the latents are recorded, with all activations kept; there are none by any
+                weights.
+        """
+        return self._trained.reference(grad=grad)
+
+    def using(self, weights: Mapping[str, Tensor], *, grad: bool = False) -> AbstractContextManager[None]:
+        """The model with named weights in place of the trained ones, for the time of a `with` block.
+
+        An old or an average policy, or another LoRA of the same shape, runs without a copy of the network. A compiled
+        network is run with them as well. One that is split over processes (FSDP) takes weights that are split in the
+        same way, and no `grad`; every process then enters and leaves the block together.
+
+        Args:
+            weights: Values for all of `trainable()`, by name.
+            grad: Whether derivatives by the latents are recorded, with all activations kept; there are none by any
+                weights.
+
+        Raises:
+            ValueError: These are not the trained weights' names and shapes, the network is split and `grad` is true, or
+                a block of `reference` is open.
+        """
+        return self._trained.using(weights, grad=grad)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
-        return {name: value for name, value in self.denoiser.module.named_parameters() if value.requires_grad}
+        return self._trained.trainable()
 
     def gradient_checkpointing(self) -> None:
         """Recomputes activations in the backward pass: less memory, about 1.3 times the time."""
-        self.denoiser.module.enable_gradient_checkpointing()
+        self._model.network.module.enable_gradient_checkpointing()
 
     def networks(self) -> list[nn.Module]:
         """The trained network and, where the pretrained weights are a second copy, that one."""
-        return [self.denoiser.module] if self._reference is None else [self.denoiser.module, self._reference]
+        return self._trained.modules()
 
     def compile(self, batch_sizes: Collection[int], *, backend: str = "inductor") -> None:
-        """Compiles the denoiser; sampling and training then run the same compiled network.
+        """Compiles the denoiser; sampling and training, and all views, then run the same compiled network.
 
         Args:
             batch_sizes: Samples per call; other numbers are padded to the next of these, or cut into the largest, so
                 that nothing is compiled for them.
             backend: Of `torch.compile`.
         """
-
-        def compiled(network: nn.Module) -> nn.Module:
-            return cast(nn.Module, torch.compile(network, dynamic=False, backend=backend))
-
-        self.denoiser.network = compiled(self.denoiser.module)
-        if self._reference is not None:
-            self._reference = compiled(self._reference)
-        self.denoiser.batch_sizes = tuple(sorted(set(batch_sizes)))
+        self._trained.compile(batch_sizes, backend=backend)
 
     # ---- prompts, noise and images ----------------------------------------------------------------------------------
 
@@ -312,36 +391,56 @@ class Policy:
 
         Args:
             prompts: B texts.
-            metadata: B dictionaries for the rewards; default empty ones. For a pipeline that edits, `image` is each
-                prompt's input image, a file or a PIL image; rewards find there what the pipeline was given, an image
-                of the size of the pictures, and the file under `image_path`.
+            metadata: B dictionaries; default empty ones. For a pipeline that edits, `image` is each prompt's input
+                image, a file or a PIL image.
 
         Raises:
-            ValueError: There is no prompt, or one text instead of a sequence of them; `metadata` has another length;
+            UserError: There is no prompt, or one text instead of a sequence of them; `metadata` has another length;
                 an input image is missing or cannot be read, or the pipeline takes none.
         """
-        return self._encoder(prompts, metadata)
+        return self._view.wiring.encoder(prompts, metadata)
+
+    def prefetch(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None) -> None:
+        """Encodes what `encode` will be asked for, where text encoders rest on the CPU: they then move there once.
+
+        Arguments and errors are those of `encode`. Elsewhere it does nothing.
+        """
+        if self.offload:
+            self.encode(prompts, metadata)
+
+    def rewards_metadata(
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | None = None
+    ) -> tuple[Mapping[str, object], ...]:
+        """The metadata of B prompts as rewards see it; arguments and errors as for `encode`.
+
+        For a pipeline that edits, `image` is what the pipeline was given, an image of the size of the pictures, and
+        `image_path` the file that it came from.
+        """
+        return self._view.wiring.encoder.rewards_metadata(prompts, metadata)
 
     def check_inputs(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> None:
         """Refuses prompts without an image where the pipeline edits one, and prompts with one where it does not.
 
         Raises:
-            ValueError: Which prompt, and what to do.
+            UserError: Which prompt, and what to do.
         """
-        self._encoder.check(prompts, metadata)
+        self._view.wiring.encoder.check(prompts, metadata)
 
     def noise(self, seeds: Tensor) -> Tensor:
         """Standard normal noise of every sample's prior and steps, (B, T+1, *latent) float32 on the device.
 
-        Each row comes from a generator of its own seed on the CPU, so that a sample depends on its seed alone.
+        Each row comes from the stream of its own seed on the CPU, so that a sample depends on its seed alone; in the
+        order of the steps, so that the prior does not depend on their number. That of `~seed` is the negated one.
         """
         noise = torch.empty(len(seeds), self.schedule.num_steps + 1, *self.latent_shape)
-        generator = torch.Generator()
-        for prior, steps, seed in zip(noise[:, 0].unbind(), noise[:, 1:].unbind(), seeds.tolist(), strict=True):
-            generator.manual_seed(seed)
-            prior.normal_(generator=generator)  # drawn first, so that it does not depend on the number of steps
-            steps.normal_(generator=generator)
+        fill_noise(noise, seeds)
         return noise.to(self.device)
+
+    def prior(self, seeds: Tensor) -> Tensor:
+        """The initial states of these seeds, `noise(seeds)[:, 0]`, (B, *latent) float32 on the device."""
+        states = torch.empty(len(seeds), *self.latent_shape)
+        fill_noise(states, seeds)
+        return states.to(self.device)
 
     def decode(self, latents: Tensor, *, with_gradient: bool = False) -> Tensor:
         """Images of final latents by the pipeline's own tail.
@@ -353,56 +452,52 @@ class Policy:
         Returns:
             (B, 3, H, W) float32 in [0, 1]; of a video its middle frame, F // 2 of F.
         """
-        return self._decoder(latents, with_gradient=with_gradient)
-
-    def save_decoding_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
-        """Decodes one image at a time, or each in overlapping tiles; `ValueError` where the VAE cannot."""
-        self._decoder.save_memory(slicing=slicing, tiling=tiling)
+        return self._view.wiring.decoder(latents, with_gradient=with_gradient)
 
     def decode_frames(self, latents: Tensor) -> Tensor:
         """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images."""
-        frames = self._decoder.frames(latents)
+        frames = self._view.wiring.decoder.frames(latents)
         return frames if frames.ndim == 5 else frames[:, None]
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images, as the sampler would end at them, by the pipeline's own VAE; without a graph.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], of the size of the policy's pictures.
+
+        Returns:
+            (B, *latent) float32 on the device: the mean of the VAE's posterior, scaled, shifted and packed; of a
+            pipeline without a VAE the images in [-1, 1].
+
+        Raises:
+            UntraceableError: How images become latents cannot be told of this pipeline; the message says why.
+            ValueError: The images have another size, type or range, or the pipeline makes videos.
+        """
+        return self._view.wiring.image_encoder(images)
+
+    def save_decoding_memory(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Decodes one image at a time, or each in overlapping tiles; `ValueError` where the VAE cannot."""
+        self._view.wiring.decoder.save_memory(slicing=slicing, tiling=tiling)
+
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes weights in diffusers' format: see `ddpo.lora.save_weights`.
+        """Writes weights in diffusers' format: see `ddpo.weights.export.save_weights`.
 
         Args:
             folder: Where to write; made if missing.
             weights: Values for all of `trainable()`; None takes the present ones.
 
         Raises:
-            ValueError: Nothing is trained.
+            UserError: Nothing is trained.
         """
         trained = weights or self.trainable()
-        if not trained:
-            raise ValueError("the policy trains nothing to save; give Policy an adapter: LoraConfig() or FullConfig()")
-        lora.save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained)
+        if not trained or self.adapter is None:
+            raise UserError("the policy trains nothing to save; give Policy an adapter: LoraConfig() or FullConfig()")
+        save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained, adapter=self.adapter)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """The weights that `save` wrote, for all of `trainable()`: see `ddpo.lora.read_weights`."""
-        return lora.read_weights(self.pipeline, self.name, self.denoiser.module, folder, self.trainable())
-
-    # ---- what the pipeline does -------------------------------------------------------------------------------------
-
-    def _read(self, call: PipelineCall) -> None:
-        """Finds the schedule, the arguments that belong to a sample, and the guidance rule."""
-        found = read_pipeline(self.pipeline, self.denoiser, call, self.sampler)
-        self.call, self.latent_shape, self._kind = found.call, found.latent_shape, found.kind
-        self._noisy, self._ode = found.noisy, found.ode
-        self.rule, self._unguided = found.rule, unguided(found.rule)
-
-    def _encode(self, prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
-        """The condition of each prompt, with its image where there are images, from a call of its own."""
-        with self._decoder.auxiliaries():
-            for row, prompt in enumerate(prompts):
-                own = None if images is None else [images[row]]
-                (step,) = recorded_steps(self.pipeline, self.denoiser.module, self.call, [prompt], own, num_steps=1)
-                yield self.denoiser.condition([prompt], step, self.rule)
-
-    def _make_encoder(self) -> Encoder:
-        name = type(self.pipeline).__name__
-        return Encoder(self._encode, name, self.call, store=self._decoder.stored, device=self.device)
+        """The weights that `save` wrote, for all of `trainable()`: see `ddpo.weights.export.read_weights`."""
+        assert self.adapter is not None, "something is trained"
+        return read_weights(self.pipeline, self.name, folder, self.trainable(), adapter=self.adapter)
 
 
 def default_device() -> torch.device:
@@ -410,3 +505,14 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def _first_epoch(sampler: SamplerConfig, wiring: Wiring, *, seed: int) -> View:
+    """The guided view with the stochastic steps of a first epoch."""
+    schedule = _schedule(sampler, wiring, epoch=0, seed=seed)
+    return View(sampler=sampler, wiring=wiring, schedule=schedule, rule=wiring.reading.rule)
+
+
+def _schedule(sampler: SamplerConfig, wiring: Wiring, *, epoch: int, seed: int) -> Schedule:
+    reading = wiring.reading
+    return epoch_schedule(reading.noisy, reading.ode, sampler.stochastic_steps, epoch=epoch, seed=seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LENGTH = "@length"
+GROUP = "@group"  # numbers that are equal where rows may share a network call; on the CPU, too
 
 
 def stack(rows: Sequence[Tensor]) -> Tensor:
@@ -48,8 +49,8 @@ def trim(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def apply(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a function makes of the tensors, such as copies elsewhere; lengths stay as they are."""
-    return {name: value if name.endswith(LENGTH) else function(value) for name, value in tensors.items()}
+    """What a function makes of the tensors, such as copies elsewhere; lengths and groups stay as they are."""
+    return {name: value if name.endswith((LENGTH, GROUP)) else function(value) for name, value in tensors.items()}
 
 
 def prefix_mask(lengths: Tensor, longest: int) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rewards.downloads import Download
 from rewards.optional import installed
 
 
@@ -14,12 +15,12 @@ class Alternative:
     """What a reward needs instead of `Card.modules` when an option has a certain value.
 
     Attributes:
-        option: name of the option.
-        value: the value that makes the difference.
-        modules: packages needed then, as imported.
-        programs: programs needed then, as called.
-        extra: pip extra of `ddpo` that brings the modules.
-        install: command that brings what is needed, where it is no extra.
+        option: Name of the option.
+        value: The value that makes the difference.
+        modules: Packages needed then, as imported.
+        programs: Programs needed then, as called.
+        extra: Pip extra of `ddpo` that brings the modules.
+        install: Command that brings what is needed, where it is no extra.
     """
 
     option: str
@@ -47,13 +48,16 @@ class Card:
     """Provenance of a reward, shown by `ddpo rewards list --verbose`.
 
     Attributes:
-        origin: paper or repository of the score and of its weights.
-        licence: of the weights, or of the definition when there are none; "not stated" when the authors give none.
-        typical: scores that usual pictures get.
-        extra: pip extra of `ddpo` that brings the packages needed; empty when none is.
-        modules: the packages themselves, as imported.
-        alternatives: other needs under certain options; the first that applies replaces `modules`.
-        parts: from the options to names and options of the rewards that it is made of, whose needs are its own too.
+        origin: Paper or repository of the score and of its weights.
+        licence: Of the weights, or of the definition when there are none; "not stated" when the authors give none.
+        typical: Scores that usual pictures get.
+        extra: Pip extra of `ddpo` that brings the packages needed; empty when none is.
+        modules: The packages themselves, as imported.
+        alternatives: Other needs under certain options; the first that applies replaces `modules`.
+        downloads: What it fetches by default.
+        caution: What to know before it is optimised; empty when there is nothing.
+        version: Of its scores: one more whenever a reward of this package is to score otherwise than before.
+        parts: From the options to names and options of the rewards that it is made of, whose needs are its own too.
     """
 
     origin: str = ""
@@ -62,6 +66,9 @@ class Card:
     extra: str = ""
     modules: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    downloads: tuple[Download, ...] = ()
+    caution: str = ""
+    version: int = 1
     parts: Callable[[Mapping[str, object]], Sequence[tuple[str, Mapping[str, object]]]] = parts_in_terms
 
     def missing(self, options: Mapping[str, object]) -> list[str]:

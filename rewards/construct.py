@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 
-from rewards.base import Reward, RewardFunction
+from rewards.base import RewardError, RewardFunction, UserError
 from rewards.card import Card
-
-
-@runtime_checkable
-class DeclaresGradient(Protocol):
-    """A reward object that knows only once it is made whether gradients reach the images, by its options."""
-
-    differentiable: bool
-
-
-@runtime_checkable
-class ReportsAs(Protocol):
-    """A reward object that stands for another reward, and reports under that one's name and range."""
-
-    def reported_as(self, reward: Reward) -> Reward:
-        """`reward`, which calls this object, as it is to be shown."""
-
-
-@runtime_checkable
-class DeclaresGroups(Protocol):
-    """A reward object that knows only once it is made whether it compares the images of a group, by its options."""
-
-    groupwise: bool
+from rewards.description import described
+from rewards.loading import running
+from rewards.nearest import nearest
+from rewards.reward import Reward, describe_exception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +22,14 @@ class Registration:
     """What is known about a reward function or class before it is used.
 
     Attributes:
-        name: the registered name.
-        target: the function or class itself.
-        differentiable: whether gradients reach the images.
-        range: lowest and highest value, None when not stated.
-        description: one sentence; the first line of the docstring when not given.
+        name: The registered name.
+        target: The function or class itself.
+        differentiable: Whether gradients reach the images.
+        range: Lowest and highest value, None when not stated.
+        description: One sentence; the first line of the docstring when not given.
         source: `module.name (file:line)`.
-        card: provenance, licence and typical scores.
-        groupwise: whether it scores one whole group of images at a time.
+        card: Provenance, licence and typical scores.
+        groupwise: Whether it scores one whole group of images at a time.
     """
 
     name: str
@@ -60,52 +41,91 @@ class Registration:
     card: Card = Card()
     groupwise: bool = False
 
-    def wrap(self, function: RewardFunction) -> Reward:
-        """The reward that calls `function`."""
-        return Reward(
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is one of this package's own."""
+        return self.target.__module__.partition(".")[0] == "rewards"
+
+    def wrap(self, function: Callable[..., object]) -> Reward:
+        """The reward that calls `function`, as its object describes it.
+
+        Raises:
+            UserError: It cannot be called with images, prompts and metadata.
+        """
+        check_call(function, name=self.name, source=self.source)
+        reward = Reward(
             name=self.name,
-            function=function,
+            function=cast(RewardFunction, function),
             differentiable=self.differentiable,
             range=self.range,
             description=self.description,
             source=self.source,
             groupwise=self.groupwise,
         )
+        return described(reward)
 
 
 def construct(noted: Registration, *, device: torch.device | str, options: Mapping[str, object]) -> Reward:
-    """Make a reward: a class is constructed with `device` and `options`, a function takes neither.
+    """Makes a reward: a class is constructed with `device` and `options`, a function takes neither.
 
     Raises:
-        ValueError: the options do not fit; the message names the valid ones.
+        UserError: The options do not fit, the message names the valid ones; or it cannot be called as a reward is.
+        RewardError: A constructor of the user's raised, or one called `exit`.
     """
-    function: object = noted.target
     check_options(noted, options)
-    if inspect.isclass(noted.target):
-        function = noted.target(**{"device": torch.device(device), **options})
-    if not callable(function):
-        raise ValueError(
-            f"reward class {noted.name!r} needs __call__(self, images, prompts, metadata) ({noted.source})"
+    if not inspect.isclass(noted.target):
+        return noted.wrap(noted.target)
+    try:
+        with running(f"reward {noted.name!r}"):
+            made = noted.target(**{"device": torch.device(device), **options})
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if noted.is_built_in and not isinstance(error, SystemExit):
+            raise
+        raise RewardError(
+            f"reward {noted.name!r} {describe_exception(error)} when it was made ({noted.source})"
+        ) from error
+    if not callable(made):
+        raise UserError(f"reward class {noted.name!r} needs __call__(self, images, prompts, metadata) ({noted.source})")
+    return noted.wrap(made)
+
+
+def check_call(function: Callable[..., object], *, name: str, source: str) -> None:
+    """Compares the signature of a reward function with what it is called with, without calling it.
+
+    Raises:
+        UserError: It takes other arguments, or is asynchronous or a generator.
+    """
+    called = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called) or inspect.isgeneratorfunction(called):
+        kind = "a generator" if inspect.isgeneratorfunction(called) else "asynchronous"
+        raise UserError(
+            f"reward {name!r} is {kind} ({source}), its result would be no tensor; make it a plain function "
+            f"{name}(images, prompts, metadata) that returns one number per image"
         )
-    reward = noted.wrap(cast(RewardFunction, function))
-    if isinstance(function, ReportsAs):
-        return function.reported_as(reward)
-    if isinstance(function, DeclaresGradient):
-        reward = replace(reward, differentiable=noted.differentiable and function.differentiable)
-    if isinstance(function, DeclaresGroups):
-        reward = replace(reward, groupwise=function.groupwise)
-    return reward
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C do not tell
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise UserError(
+            f"reward {name!r} is called as {name}(images, prompts, metadata), but it is {name}{signature} ({source}): "
+            f"{error}; take these three, in this order"
+        ) from error
 
 
 def check_options(noted: Registration, options: Mapping[str, object]) -> None:
     """Compares options with what a reward's constructor takes, without calling it.
 
     Raises:
-        ValueError: the options do not fit; the message names the valid ones.
+        UserError: The options do not fit; the message names the valid ones.
     """
     if not inspect.isclass(noted.target):
         if options:
-            raise ValueError(
+            raise UserError(
                 f"reward {noted.name!r} is a function and takes no options, got {', '.join(options)} ({noted.source}); "
                 f"make it a class whose constructor takes them"
             )
@@ -113,15 +133,15 @@ def check_options(noted: Registration, options: Mapping[str, object]) -> None:
     parameters = list(inspect.signature(noted.target).parameters.values())
     keywords = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if keywords.pop("device", None) is None:
-        raise ValueError(f"reward class {noted.name!r} must take a keyword argument `device` ({noted.source})")
+        raise UserError(f"reward class {noted.name!r} must take a keyword argument `device` ({noted.source})")
     valid = ", ".join(keywords) or "none"
     for option in options:
         if option == "device":
-            raise ValueError(f"reward {noted.name!r}: `device` is not an option, the run sets it")
+            raise UserError(f"reward {noted.name!r}: `device` is not an option, the run sets it")
         if option not in keywords:
-            close = difflib.get_close_matches(option, list(keywords), n=1)
+            close = nearest(option, list(keywords), most=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"reward {noted.name!r}: unknown option {option!r} ({hint}valid options: {valid})")
+            raise UserError(f"reward {noted.name!r}: unknown option {option!r} ({hint}valid options: {valid})")
     missing = [name for name, p in keywords.items() if p.default is p.empty and name not in options]
     if missing:
-        raise ValueError(f"reward {noted.name!r} needs the option {missing[0]!r} (valid options: {valid})")
+        raise UserError(f"reward {noted.name!r} needs the option {missing[0]!r} (valid options: {valid})")

@@ -2,16 +2,18 @@
 
 Two rewards of one hash are the same code with the same arguments and the same weights, as far as the hash sees:
 
-    definition   bytes of the file that defines the function or class, and its name
+    definition   the source of the function or class and of what it uses in its own module (`rewards.source`), and its
+                 name; of a reward of this package its registered name and the version of its scores (`Card.version`)
     arguments    the options it was made with; of a `functools.partial` its own
     weights      name, type, shape and bytes of every tensor and array that the reward object holds, networks included
     numbers      plain ones that the object holds
     packages     versions of the packages that carry weights or models of their own (`Card.modules`)
     parts        the same of every reward inside it
 
-A bound method is hashed with the object it is bound to. Not seen are what a function closes over or reads from global
-variables, texts among the attributes of an object (paths differ between machines), and the modules that the file
-imports; versions of Python and the main libraries are noted beside the hash.
+A bound method is hashed with the object it is bound to. Not seen are what a function closes over, texts among the
+attributes of an object (paths differ between machines), and the modules that the file imports; versions of Python and
+the main libraries are noted beside the hash. Where the parts of a reward of this package are kept, and in which file it
+stands, does not count.
 A run keeps the identities of its rewards in `rewards.json`; a server sends its own with every reply.
 """
 
@@ -25,61 +27,31 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from functools import cache
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewards.base import Reward
+from rewards.description import DescribedReward, Identity
 from rewards.registry import card_of
+from rewards.reward import Reward
+from rewards.source import computed_source
 
 LIBRARIES = ("torch", "numpy", "pillow", "transformers")
 _MAX_DEPTH = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What scored.
-
-    Attributes:
-        name: of the reward.
-        hash: SHA-256, hexadecimal, of what the module docstring lists.
-        package_version: of the package `ddpo` around the reward; empty when it is not installed.
-        versions: of Python and the libraries installed there.
-        where: `this process`, or the address of a server.
-    """
-
-    name: str
-    hash: str
-    package_version: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    where: str = "this process"
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-@runtime_checkable
-class DeclaresIdentity(Protocol):
-    """A reward object that is computed elsewhere and was told what computes it."""
-
-    identity: Identity
+_OURS = "rewards"
 
 
 def identify(reward: Reward, *, options: Mapping[str, object] | None = None) -> Identity:
     """The identity of a reward that is made; reads all its weights once.
 
     Args:
-        reward: the reward.
-        options: the keyword arguments it was made with.
+        reward: The reward.
+        options: The keyword arguments it was made with.
     """
-    if isinstance(reward.function, DeclaresIdentity):
-        return reward.function.identity
+    if isinstance(reward.function, DescribedReward) and (given := reward.function.describe().identity):
+        return given
     return Identity(
         name=reward.name,
         hash=_hash(reward, options or {}).hexdigest(),
@@ -92,20 +64,30 @@ def _hash(reward: Reward, options: Mapping[str, object]) -> hashlib._Hash:
     digest = hashlib.sha256()
     target = reward.function
     definition = _definition(target)
-    _add(digest, "name", f"{reward.name} {definition.__qualname__}")
-    _add(digest, "definition", _source(definition))
+    home, card = _home(definition), card_of(target)
+    is_ours = home == _OURS
+    _add(digest, "name", f"{reward.name} {'' if is_ours else definition.__qualname__}")
+    _add(digest, "definition", f"version {card.version}" if is_ours else computed_source(definition))
     _add(digest, "arguments", json.dumps(options, sort_keys=True, default=str))
-    _add(digest, "packages", json.dumps(_versions(card_of(target).modules), sort_keys=True))
-    for path, part in _parts(target, "", _home(definition), set(), 0):
-        if isinstance(part, Reward):
-            _add(digest, f"part {path}", identify(part).hash)
-        elif isinstance(part, Tensor):
-            _add(digest, f"weights {path} {part.dtype} {tuple(part.shape)}", _bytes(part))
-        elif isinstance(part, np.ndarray):
-            _add(digest, f"array {path} {part.dtype} {part.shape}", np.ascontiguousarray(part).tobytes())
-        else:
-            _add(digest, f"value {path}", repr(part))
+    _add(digest, "packages", json.dumps(_versions(card.modules), sort_keys=True))
+    parts = [_digest("" if is_ours else path, part) for path, part in _parts(target, "", home, set(), 0)]
+    for part in sorted(parts) if is_ours else parts:
+        digest.update(part)
     return digest
+
+
+def _digest(path: str, part: object) -> bytes:
+    """Of one thing that a reward holds."""
+    digest = hashlib.sha256()
+    if isinstance(part, Reward):
+        _add(digest, f"part {path}", identify(part).hash)
+    elif isinstance(part, Tensor):
+        _add(digest, f"weights {path} {part.dtype} {tuple(part.shape)}", _bytes(part))
+    elif isinstance(part, np.ndarray):
+        _add(digest, f"array {path} {part.dtype} {part.shape}", np.ascontiguousarray(part).tobytes())
+    else:
+        _add(digest, f"value {path}", repr(part))
+    return digest.digest()
 
 
 def _definition(target: object) -> Callable[..., object]:
@@ -121,14 +103,6 @@ def _add(digest: hashlib._Hash, label: str, data: str | bytes) -> None:
     data = data.encode() if isinstance(data, str) else data
     digest.update(f"{label}\0{len(data)}\0".encode())
     digest.update(data)
-
-
-def _source(definition: object) -> bytes:
-    try:
-        file = inspect.getsourcefile(definition)  # type: ignore[arg-type]
-        return Path(file).read_bytes() if file else b""
-    except (OSError, TypeError):  # defined in a console, or in C
-        return b""
 
 
 def _parts(value: object, path: str, home: str, seen: set[int], depth: int) -> Iterator[tuple[str, object]]:
@@ -156,12 +130,12 @@ def _parts(value: object, path: str, home: str, seen: set[int], depth: int) -> I
         home, members = _home(type(value.__self__)), ((".self", value.__self__),)
     elif isinstance(value, nn.Module):
         yield from ((f"{path}.{name}", tensor) for name, tensor in sorted(value.state_dict().items()))
-        members = _plain_attributes(value) if _home(type(value)) in (home, "rewards") else ()
+        members = _plain_attributes(value) if _home(type(value)) in (home, _OURS) else ()
     elif isinstance(value, Mapping):
         members = ((f"[{key}]", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):
         members = ((f"[{index}]", item) for index, item in enumerate(value))
-    elif _home(type(value)) in (home, "rewards") and not isinstance(value, type):
+    elif _home(type(value)) in (home, _OURS) and not isinstance(value, type):
         members = ((f".{name}", item) for name, item in sorted(_attributes(value).items()))
     for name, item in members:
         yield from _parts(item, f"{path}{name}", home, seen, depth + 1)

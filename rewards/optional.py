@@ -6,23 +6,25 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from rewards.base import MissingPackageError
+
 
 def require(module: str, *, extra: str, reward: str) -> ModuleType:
-    """Import an optional module.
+    """Imports an optional module.
 
     Args:
-        module: as in an import statement.
-        extra: pip extra of `ddpo` that installs it; empty for a dependency of `ddpo` itself.
-        reward: name of the reward, for the message.
+        module: As in an import statement.
+        extra: Pip extra of `ddpo` that installs it; empty for a dependency of `ddpo` itself.
+        reward: Name of the reward, for the message.
 
     Raises:
-        ImportError: the module, or one that it needs, is not installed.
+        ImportError: The module, or one that it needs, is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = f"ddpo[{extra}]" if extra else "ddpo"
-        raise ImportError(
+        raise MissingPackageError(
             f"reward {reward!r} needs {error.name or module}: pip install '{package}' ({error})"
         ) from error
 

@@ -11,61 +11,65 @@ arguments; its instances are then the reward functions. Installed packages offer
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import TypeVar, cast, overload
+from typing import TypeVar, overload
 
 import torch
 
-from rewards.base import Reward, RewardFunction
+from rewards.base import UserError
 from rewards.card import Card
 from rewards.construct import Registration, construct
-from rewards.loading import load, load_file
+from rewards.description import check_range
+from rewards.loading import load, load_file, running
+from rewards.nearest import nearest
+from rewards.reward import Reward, describe_exception
 
 __all__ = ["as_reward", "available", "find", "load_file", "register", "resolve"]
 
 ENTRY_POINT_GROUP = "ddpo.rewards"
 
 BUILT_IN = {
-    "jpeg_compressibility": "rewards.jpeg",
-    "jpeg_incompressibility": "rewards.jpeg",
-    "brightness": "rewards.color",
-    "redness": "rewards.color",
-    "greenness": "rewards.color",
-    "blueness": "rewards.color",
-    "sharpness": "rewards.statistics",
-    "colourfulness": "rewards.statistics",
-    "entropy": "rewards.statistics",
-    "symmetry": "rewards.statistics",
-    "clip_score": "rewards.clip_score",
-    "aesthetic": "rewards.aesthetic",
-    "hpsv2": "rewards.hpsv2",
-    "pickscore": "rewards.pickscore",
-    "siglip_score": "rewards.siglip_score",
-    "aesthetic_v2_5": "rewards.aesthetic_v2_5",
-    "imagereward": "rewards.imagereward",
-    "ocr": "rewards.ocr",
-    "imagenet_class": "rewards.imagenet",
-    "diversity": "rewards.diversity",
-    "rank": "rewards.rank",
-    "win_rate": "rewards.rank",
-    "safety": "rewards.safety",
-    "safety_margin": "rewards.safety",
-    "geneval": "rewards.geneval.reward",
-    "vlm_judge": "rewards.vlm_judge",
-    "nsfw": "rewards.nsfw",
-    "nsfw_vit": "rewards.nsfw",
-    "chebyshev": "rewards.scalarize",
-    "geometric": "rewards.scalarize",
-    "remote": "rewards.remote",
-    "learned": "rewards.learned",
-    "shapes": "rewards.shapes.reward",
-    "shapes_strict": "rewards.shapes.reward",
-    "shapes_partial": "rewards.shapes.reward",
+    "jpeg_compressibility": "rewards.builtin.jpeg",
+    "jpeg_incompressibility": "rewards.builtin.jpeg",
+    "jpeg_estimate": "rewards.builtin.jpeg_estimate",
+    "brightness": "rewards.builtin.color",
+    "redness": "rewards.builtin.color",
+    "greenness": "rewards.builtin.color",
+    "blueness": "rewards.builtin.color",
+    "sharpness": "rewards.builtin.statistics",
+    "colourfulness": "rewards.builtin.statistics",
+    "entropy": "rewards.builtin.statistics",
+    "symmetry": "rewards.builtin.statistics",
+    "clip_score": "rewards.builtin.clip_score",
+    "aesthetic": "rewards.builtin.aesthetic",
+    "hpsv2": "rewards.builtin.hpsv2",
+    "pickscore": "rewards.builtin.pickscore",
+    "siglip_score": "rewards.builtin.siglip_score",
+    "aesthetic_v2_5": "rewards.builtin.aesthetic_v2_5",
+    "imagereward": "rewards.builtin.imagereward",
+    "ocr": "rewards.builtin.ocr",
+    "imagenet_class": "rewards.builtin.imagenet",
+    "diversity": "rewards.builtin.diversity",
+    "rank": "rewards.combine.rank",
+    "win_rate": "rewards.combine.rank",
+    "safety": "rewards.builtin.safety",
+    "safety_margin": "rewards.builtin.safety",
+    "geneval": "rewards.builtin.geneval.reward",
+    "vlm_judge": "rewards.builtin.vlm_judge",
+    "nsfw": "rewards.builtin.nsfw",
+    "nsfw_vit": "rewards.builtin.nsfw",
+    "chebyshev": "rewards.combine.scalarize",
+    "geometric": "rewards.combine.scalarize",
+    "straight_through": "rewards.combine.surrogate",
+    "remote": "rewards.serving.remote",
+    "learned": "rewards.preferences.learned",
+    "shapes": "rewards.builtin.shapes.reward",
+    "shapes_strict": "rewards.builtin.shapes.reward",
+    "shapes_partial": "rewards.builtin.shapes.reward",
 }
 
 Target = TypeVar("Target", bound=Callable[..., object])
@@ -94,18 +98,18 @@ def register(
     card: Card | None = None,
     groupwise: bool = False,
 ) -> Target | Callable[[Target], Target]:
-    """Register a reward function or class under a name; returns it unchanged.
+    """Registers a reward function or class under a name; returns it unchanged.
 
     Args:
-        name: the name used in configurations; the function's own name when left out (`@register` alone works too).
-        differentiable: whether gradients reach the images through it.
-        range: lowest and highest value, infinities allowed.
-        description: one sentence for `ddpo rewards list`; the docstring's first line when empty.
-        card: provenance, licence and typical scores for `ddpo rewards list --verbose`.
-        groupwise: whether it takes one whole group, the images of one prompt, at a time.
+        name: The name used in configurations; the function's own name when left out (`@register` alone works too).
+        differentiable: Whether gradients reach the images through it.
+        range: Lowest and highest value, infinities allowed.
+        description: One sentence for `ddpo rewards list`; the docstring's first line when empty.
+        card: Provenance, licence and typical scores for `ddpo rewards list --verbose`.
+        groupwise: Whether it takes one whole group, the images of one prompt, at a time.
 
     Raises:
-        ValueError: the name is taken by another reward, or is not usable as a name.
+        UserError: The name is taken by another reward, or is not usable as a name.
     """
     if name is not None and not isinstance(name, str):
         _add(_describe(name, None))
@@ -128,44 +132,44 @@ def register(
 
 
 def resolve(spec: str, *, device: torch.device | str = "cpu", options: Mapping[str, object] | None = None) -> Reward:
-    """Find a reward by name and make it ready to call.
+    """Finds a reward by name and makes it ready to call.
 
     Args:
-        spec: a registered name, `file.py:name`, or `module:name`.
-        device: where a reward with weights puts them; passed to classes only.
-        options: keyword arguments for a reward class.
+        spec: A registered name, `file.py:name`, or `module:name`.
+        device: Where a reward with weights puts them; passed to classes only.
+        options: Keyword arguments for a reward class.
 
     Raises:
-        ValueError: nothing goes by that name, or the options do not fit; the message says what would.
-        ImportError: the reward needs an optional dependency; the message names the extra to install.
+        UserError: Nothing goes by that name, or the options do not fit; the message says what would.
+        ImportError: The reward needs an optional dependency; the message names the extra to install.
     """
     return construct(find(spec), device=device, options=options or {})
 
 
 def find(spec: str) -> Registration:
-    """Find a reward's registration without constructing it; see `resolve` for the forms of `spec`."""
+    """Finds a reward's registration without constructing it; see `resolve` for the forms of `spec`."""
     spec = spec.strip()
     where, colon, name = spec.rpartition(":")
     if colon:
         return _find_in(load(where), name, where=where)
     if spec.endswith(".py"):
-        raise ValueError(f"reward {spec!r} names a file but not what is in it; write {spec}:name")
+        raise UserError(f"reward {spec!r} names a file but not what is in it; write {spec}:name")
     return _find_registered(spec)
 
 
 def as_reward(target: Callable[..., object], *, name: str | None = None) -> Reward:
-    """Wrap a reward function or a constructed reward object, using what `@register` noted about it if anything.
+    """Wraps a reward function or a constructed reward object, using what `@register` noted about it if anything.
 
     Args:
-        target: the callable; a `Reward` is returned as it is.
-        name: the name to show for an unregistered one instead of its own.
+        target: The callable; a `Reward` is returned as it is.
+        name: The name to show for an unregistered one instead of its own.
     """
     if isinstance(target, Reward):
         return target
     if inspect.isclass(target):
-        raise ValueError(f"{target.__name__} is a class; construct it first: {target.__name__}(device=...)")
+        raise UserError(f"{target.__name__} is a class; construct it first: {target.__name__}(device=...)")
     noted = _noted(target) or _noted(type(target)) or _describe(target, name)
-    return noted.wrap(cast(RewardFunction, target))
+    return noted.wrap(target)
 
 
 def card_of(target: object) -> Card:
@@ -187,11 +191,8 @@ def available() -> dict[str, str]:
 
 def _add(new: Registration) -> None:
     if not new.name or any(letter.isspace() or letter in ":/" for letter in new.name):
-        raise ValueError(f"reward name {new.name!r} ({new.source}) must be non-empty, without spaces, ':' or '/'")
-    if new.range is not None and not (len(new.range) == 2 and new.range[0] < new.range[1]):
-        raise ValueError(
-            f"reward {new.name!r}: range must be (low, high), low < high, got {new.range!r} ({new.source})"
-        )
+        raise UserError(f"reward name {new.name!r} ({new.source}) must be non-empty, without spaces, ':' or '/'")
+    check_range(new.range, f"reward {new.name!r} ({new.source})")
     home = BUILT_IN.get(new.name)
     old = _registrations.get(new.name)
     taken_by = None
@@ -200,7 +201,7 @@ def _add(new: Registration) -> None:
     elif old is not None and _identity(old.target) != _identity(new.target):
         taken_by = old.source
     if taken_by is not None:
-        raise ValueError(
+        raise UserError(
             f"reward name {new.name!r} is already taken by {taken_by}; "
             f"give {new.source} another name: @register('other_name')"
         )
@@ -257,11 +258,11 @@ def _find_registered(name: str) -> Registration:
     foreign = [point for point in points if noted is None or not _leads_to(point, noted)]
     if len(foreign) + len(known) > 1:
         sources = " and ".join(known + [f"entry point {point.value}" for point in foreign])
-        raise ValueError(f"reward name {name!r} is claimed by {sources}; uninstall one, or write it as module:name")
+        raise UserError(f"reward name {name!r} is claimed by {sources}; uninstall one, or write it as module:name")
     if foreign:
         return _load_entry_point(foreign[0])
     if noted is None:
-        raise ValueError(_unknown(name))
+        raise UserError(_unknown(name))
     return noted
 
 
@@ -277,17 +278,18 @@ def _leads_to(point: EntryPoint, noted: Registration) -> bool:
 
 def _load_entry_point(point: EntryPoint) -> Registration:
     try:
-        target = point.load()
-    except Exception as error:
-        raise ValueError(
-            f"reward {point.name!r}: loading its entry point {point.value} failed with {type(error).__name__}: {error}"
+        with running(point.value):
+            target = point.load()
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"reward {point.name!r}: its entry point {point.value} cannot be loaded, it {describe_exception(error)}"
         ) from error
     return _noted(target) or _describe_unregistered(target, point.name, where=f"entry point {point.value}")
 
 
 def _unknown(name: str) -> str:
     names = list(available())
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = nearest(name, names, alike=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(names)}."
     return f"unknown reward {name!r}; {hint} Your own function is written file.py:name or module:name"
 
@@ -302,9 +304,9 @@ def _find_in(module: ModuleType, name: str, *, where: str) -> Registration:
         return _noted(target) or _describe_unregistered(target, name, where=where)
     defined = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     choices = sorted(set(own) | {key for key in defined if not key.startswith("_")})
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = nearest(name, choices, most=1, alike=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"it defines {', '.join(choices) or 'nothing'}"
-    raise ValueError(f"{where} has no reward {name!r}; {hint}")
+    raise UserError(f"{where} has no reward {name!r}; {hint}")
 
 
 def _noted(target: object) -> Registration | None:
@@ -313,7 +315,7 @@ def _noted(target: object) -> Registration | None:
 
 def _describe_unregistered(target: object, name: str, *, where: str) -> Registration:
     if not callable(target):
-        raise ValueError(
+        raise UserError(
             f"{where}: {name!r} is a {type(target).__name__}, not a reward; a reward is a function "
             f"(images, prompts, metadata) -> Tensor (B,), or a class whose instances are"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trainers.run import read_metrics
+from trainers.run_folder.folder import read_metrics
 
 AGAINST = {"epoch": ("epoch", 1.0), "images": ("samples", 1.0), "minutes": ("time/total_seconds", 60.0)}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trainers.config_io import load_config
-from trainers.pareto import COLOURS, draw_course, label_axes, read_course
+from trainers.analysis.pareto import COLOURS, draw_course, label_axes, read_course
+from trainers.config.io import load_config
 
 
 def draw(runs: Sequence[Path], x: str, y: str) -> Figure:
@@ -18,10 +18,10 @@ def draw(runs: Sequence[Path], x: str, y: str) -> Figure:
     figure = Figure(figsize=(7, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     courses = [read_course(run, x, y) for run in runs]
-    alphas = [load_config(run / "config.yaml").kl.alpha for run in runs]
+    alphas = [_weight(run) for run in runs]
     colours = {alpha: COLOURS[i % len(COLOURS)] for i, alpha in enumerate(sorted(set(alphas)))}
     for course, alpha in zip(courses, alphas, strict=True):
-        draw_course(axes, course, colour=colours[alpha], label=f"alpha {alpha:g}")
+        draw_course(axes, course, colour=colours[alpha], label=alpha)
     handles, labels = axes.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
     axes.legend(shown.values(), shown.keys(), frameon=False, title="weight of the KL")
@@ -29,6 +29,12 @@ def draw(runs: Sequence[Path], x: str, y: str) -> Figure:
     axes.annotate("pretrained", (start.x.mean, start.y.mean), xytext=(6, 8), textcoords="offset points")
     label_axes(axes, x, y)
     return figure
+
+
+def _weight(run: Path) -> str:
+    """How a run weighs the KL."""
+    kl = load_config(run / "config.yaml").kl
+    return f"alpha {kl.alpha:g}" if kl.kind == "fixed" else f"held at {kl.target:g} nats"
 
 
 def main() -> None:

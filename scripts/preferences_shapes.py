@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpo.loading import load_pipeline
-from rewards.preferences.command import fit_pairs
+from rewards.builtin.shapes import Group, Scene, parse, prompts, render, split_of, verify
+from rewards.builtin.shapes.scene import COLORS, SHAPES
+from rewards.preferences.fit import fit_pairs
 from rewards.preferences.fitting import FitConfig
 from rewards.preferences.pairs import read_pairs, split_by_prompt
-from rewards.shapes import Group, Scene, parse, prompts, render, split_of, verify
-from rewards.shapes.scene import COLORS, SHAPES
 
 _BATCH = 64
 _GROUP = 8

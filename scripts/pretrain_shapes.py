@@ -8,7 +8,7 @@ Set OMP_WAIT_POLICY=PASSIVE where other processes share the cores. A killed run 
 import argparse
 from pathlib import Path
 
-from trainers.pretraining import pretrain
+from trainers.pretraining.pretrain import pretrain
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from rewards.wire import SAFETENSORS, encode_request
+from rewards.serving.wire import SAFETENSORS, encode_request
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "a-token-for-this-demonstration"
@@ -155,11 +155,11 @@ def disturbed(
     """One run with a fault after its first epoch.
 
     Args:
-        config: of the run.
-        reference: the undisturbed run.
-        fault: its name.
-        strike: what is done to the server; None when the server misbehaves of itself.
-        mode: how a server misbehaves that stands between the run and a sound one.
+        config: Of the run.
+        reference: The undisturbed run.
+        fault: Its name.
+        strike: What is done to the server; None when the server misbehaves of itself.
+        mode: How the server that stands between the run and a sound server misbehaves.
     """
     sound, sound_url = start_server(REWARD)
     server, url = (sound, sound_url) if strike else start_rogue(sound_url, mode)

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from hypothesis import settings
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and in all processes that are started there
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 logging.disable_progress_bar()
 settings.register_profile("ddpo", deadline=None, derandomize=True, max_examples=40)

@@ -1,11 +1,10 @@
 """Prompts: where they come from, and the order in which training draws them.
 
-A source is one of, in this order: `shapes` and `shapes_hard`; a `.txt` file with one prompt a line; a `.jsonl` file
-with one object a line; `module:function` or `file.py:function`; a list shipped in `configs/prompts`; a Hugging Face
-dataset.
+A source is one of, in this order: `shapes` and `shapes_hard`; a file (`trainers.prompt_files`); `module:function` or
+`file.py:function`; a list shipped in `configs/prompts`; a Hugging Face dataset.
 An entry is a text, or a mapping whose key `column` is the text and whose other keys are metadata for the rewards (a
 mapping under the key `metadata` is merged into them). For pipelines that edit, the key `image` is the input image: a
-file, in a `.jsonl` source relative to that source, or a PIL image from a function.
+file, relative to the file that names it, or a PIL image from a function.
 
 `PromptStream` draws them in an order that is a pure function of seed and position, so a position is all that a
 checkpoint has to remember.
@@ -13,8 +12,7 @@ checkpoint has to remember.
 
 import importlib
 import inspect
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +20,17 @@ from typing import ClassVar, cast, get_args
 
 import numpy as np
 
-from ddpo.input_images import IMAGE, InputImageError, check_image, identity
-from ddpo.validation import check
-from trainers.shipped import PROMPTS
+from ddpo.pipeline.input_images import IMAGE, InputImageError, check_image, identity
+from ddpo.seeds import Purpose, one_seed, stream
+from ddpo.validation import check, misfit
+from trainers.prompt_files import Entries, PromptError, is_file_name, open_dataset, read_file
+from trainers.shipped_configs import PROMPTS
+
+__all__ = ["Prompt", "PromptConfig", "PromptError", "PromptStream", "as_list", "load_prompts", "to_prompt"]
 
 _SHAPES = {"shapes": None, "shapes_hard": ("count", "position", "binding")}
 _SHAPES_DEFAULT_LIMIT = 2048
-
-
-class PromptError(ValueError):
-    """A prompt source cannot be used."""
+_SHAPES_MOST = 1 << 17  # captions repeat long before, and drawing more takes minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,9 @@ class PromptConfig:
     """Where prompts come from.
 
     Attributes:
-        source: A `.txt` file (one prompt a line), a `.jsonl` file, `module:function` or `file.py:function` returning a
-            list, `shapes` (captions for the shipped pipeline; `shapes_hard` for counts, positions and two colours), a
-            shipped list such as `animals`, or the name of a Hugging Face dataset.
+        source: A file (`.txt` with one prompt a line, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`), `module:function`
+            or `file.py:function` returning a list, `shapes` (captions for the shipped pipeline; `shapes_hard` for
+            counts, positions and two colours), a shipped list such as `animals`, or the name of a Hugging Face dataset.
         split: Split of a dataset, of `shapes` (`train`, `heldout`), or of a function that takes one.
         column: Key of the prompt in a dataset, a JSON line or a dict; other keys become metadata for rewards, and
             `image`, a file, is the input image of a pipeline that edits.
@@ -84,11 +83,13 @@ def load_prompts(config: PromptConfig) -> list[Prompt]:
     """Reads all prompts of a source.
 
     Raises:
-        PromptError: the source is missing, empty or malformed; the message names it, and the line or entry.
+        PromptError: The source is missing, empty or malformed; the message names it, and the line or entry.
     """
-    entries = list(_read(config))
-    folder = Path(config.source).expanduser().parent if config.source.endswith(".jsonl") else Path()
-    prompts = [_to_prompt(entry, where=where, config=config, folder=folder) for where, entry in entries[: config.limit]]
+    entries = _read(config)
+    folder = Path(config.source).expanduser().parent if is_file_name(config.source) else Path()
+    prompts = [
+        to_prompt(entry, where=where, column=config.column, folder=folder) for where, entry in entries[: config.limit]
+    ]
     if not prompts:
         raise PromptError(f"{config.source}: has no prompts; give at least one")
     return prompts
@@ -98,6 +99,7 @@ class PromptStream:
     """Draws prompts without end, a new permutation on each pass.
 
     Attributes:
+        entries: All of them.
         position: Prompts drawn so far; setting it resumes there.
     """
 
@@ -105,9 +107,9 @@ class PromptStream:
         if not prompts:
             raise PromptError("a prompt stream needs at least one prompt, got none")
         self.position = 0
-        self._prompts = list(prompts)
+        self.entries = tuple(prompts)
         self._seed = seed
-        self._shuffle = shuffle
+        self._shuffle = shuffle and len(prompts) > 1
         self._order = (-1, np.arange(0))
 
     def draw(self, count: int) -> list[Prompt]:
@@ -117,63 +119,42 @@ class PromptStream:
         return drawn
 
     def _at(self, position: int) -> Prompt:
-        turn, place = divmod(position, len(self._prompts))
+        turn, place = divmod(position, len(self.entries))
         if not self._shuffle:
-            return self._prompts[place]
+            return self.entries[place]
         if self._order[0] != turn:
-            self._order = (turn, np.random.default_rng([self._seed, turn]).permutation(len(self._prompts)))
-        return self._prompts[self._order[1][place]]
+            random = stream(one_seed(self._seed, turn, purpose=Purpose.PROMPTS))
+            self._order = (turn, random.permutation(len(self.entries)))
+        return self.entries[self._order[1][place]]
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
-
-Entries = Iterable[tuple[str, object]]
-"""Pairs of where an entry stands, for error messages, and the entry."""
 
 
 def _read(config: PromptConfig) -> Entries:
     source = config.source
     if source in _SHAPES:
         return _from_shapes(config)
-    if source.endswith((".txt", ".jsonl")):
-        return _from_file(Path(source).expanduser())
+    if is_file_name(source):
+        return read_file(Path(source).expanduser())
     if ":" in source:
         return _from_function(config)
     if (PROMPTS / f"{source}.txt").is_file():
-        return _from_file(PROMPTS / f"{source}.txt")
+        return read_file(PROMPTS / f"{source}.txt")
     return _from_dataset(config)
 
 
 def _from_shapes(config: PromptConfig) -> Entries:
-    from rewards.shapes import scene
+    from rewards.builtin.shapes import scene
 
     if config.split not in get_args(scene.Split):
         raise PromptError(f"{config.source}: split must be train or heldout, got {config.split!r}")
     number = config.limit or _SHAPES_DEFAULT_LIMIT
+    if number > _SHAPES_MOST:
+        raise PromptError(f"{config.source}: limit must be at most {_SHAPES_MOST:,}, got {number:,}")
     split = cast(scene.Split, config.split)
     records = scene.prompts(number, seed=0, categories=_SHAPES[config.source], split=split)
     return _numbered(config.source, "entry", records)
-
-
-def _from_file(path: Path) -> Entries:
-    if not path.is_file():
-        raise PromptError(f"{path}: no such prompt file (looked for {path.absolute()})")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # others, as U+2028, may stand in a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    numbered = [(f"{path}: line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    return [(where, _json(line, where)) for where, line in numbered] if path.suffix == ".jsonl" else numbered
-
-
-def _json(line: str, where: str) -> object:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(entry, dict):
-        raise PromptError(f'{where}: must be an object such as {{"prompt": "a cat"}}, got {line[:60]}')
-    return entry
 
 
 def _from_function(config: PromptConfig) -> Entries:
@@ -183,9 +164,29 @@ def _from_function(config: PromptConfig) -> Entries:
         returned = function(**keywords)
     except Exception as error:
         raise PromptError(f"{config.source}: calling it failed with {type(error).__name__}: {error}") from error
-    if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
-        raise PromptError(f"{config.source}: must return a list of texts or dicts, got {type(returned).__name__}")
-    return _numbered(config.source, "entry", returned)
+    return _numbered(config.source, "entry", as_list(returned, f"{config.source}: must return"))
+
+
+def as_list(entries: object, what: str) -> list[object]:
+    """Entries that somebody hands over, if they come as a list, or as anything that holds one after another.
+
+    A table would be iterated over by its columns, and a text by its letters.
+
+    Args:
+        entries: What is handed over.
+        what: Beginning of the message.
+
+    Raises:
+        PromptError: They come as something else.
+    """
+    if isinstance(entries, Sequence | Set | Iterator) and not isinstance(entries, str | bytes):
+        return list(entries)
+    cure = next((f"; end with {method}" for name, method in _TO_LIST.items() if hasattr(entries, name)), "")
+    raise PromptError(f"{what} a list of texts or dicts, got {type(entries).__name__}{cure}")
+
+
+_TO_LIST = {"to_dict": ".to_dict('records')", "to_dicts": ".to_dicts()", "tolist": ".tolist()", "features": "list(...)"}
+"""How a table or an array becomes a list, by what it has: of pandas, polars, numpy, datasets."""
 
 
 def _import_function(source: str) -> Callable[..., object]:
@@ -204,24 +205,14 @@ def _import_function(source: str) -> Callable[..., object]:
 
 def _from_dataset(config: PromptConfig) -> Entries:
     name = config.source
-    try:
-        import datasets
-    except ImportError as error:
-        shipped = ", ".join(sorted(path.stem for path in PROMPTS.glob("*.txt")))
-        raise PromptError(
-            f"{name}: taken for a Hugging Face dataset, which needs the package datasets: pip install 'ddpo[datasets]' "
-            f"(other sources: a .txt or .jsonl file, module:function, shapes, {shipped})"
-        ) from error
-    try:
-        data = datasets.load_dataset(name, split=config.split)
-    except Exception as error:  # the hub, the cache and a dataset's own files each raise their own
-        reason = " ".join(str(error).split())
-        raise PromptError(
-            f"{name}: cannot be loaded as a Hugging Face dataset, split {config.split!r}: {reason}"
-        ) from error
+    shipped = ", ".join(sorted(path.stem for path in PROMPTS.glob("*.txt")))
+    others = f" (other sources: a .txt or .jsonl file, module:function, shapes, {shipped})"
+    data = open_dataset(name, config.split, others=others, error=PromptError)
     if config.column not in data.column_names:
         raise PromptError(f"{name}: has no column {config.column!r}; columns: {', '.join(data.column_names)}")
-    simple = [key for key, feature in data.features.items() if isinstance(feature, datasets.Value)]
+    from datasets import Value
+
+    simple = [key for key, feature in data.features.items() if isinstance(feature, Value)]
     return _numbered(name, "row", data.select_columns(sorted({*simple, config.column})))
 
 
@@ -229,28 +220,44 @@ def _numbered(source: str, unit: str, entries: Iterable[object]) -> Entries:
     return [(f"{source}: {unit} {number}", entry) for number, entry in enumerate(entries)]
 
 
-def _to_prompt(entry: object, *, where: str, config: PromptConfig, folder: Path) -> Prompt:
+def to_prompt(entry: object, *, where: str, column: str = "prompt", folder: Path = Path()) -> Prompt:
+    """A prompt from a text or a mapping.
+
+    Args:
+        entry: The text or mapping.
+        where: Where it stands, for messages.
+        column: The mapping's key of the text.
+        folder: Where relative paths of images start.
+
+    Raises:
+        PromptError: It is something else, has no text, or an image that cannot be read.
+    """
     if isinstance(entry, str):
-        entry = {config.column: entry}
+        entry = {column: entry}
     if not isinstance(entry, Mapping):
         raise PromptError(f"{where}: must be a text or a dict, got {type(entry).__name__}")
-    if config.column not in entry:
-        raise PromptError(f"{where}: has no key {config.column!r}; keys: {', '.join(map(str, entry)) or 'none'}")
-    text = entry[config.column]
+    if column not in entry:
+        raise PromptError(f"{where}: has no key {column!r}; keys: {', '.join(map(str, entry)) or 'none'}")
+    text = entry[column]
     if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"{where}: {config.column!r} must be a text that is not blank, got {text!r}")
+        raise PromptError(f"{where}: {column!r} must be a text that is not blank, got {text!r:.80}")
     nested = entry.get("metadata") or {}
     if not isinstance(nested, Mapping):
         raise PromptError(f"{where}: 'metadata' must be a mapping, got {nested!r}")
-    others = {key: value for key, value in entry.items() if key not in (config.column, "metadata")}
+    others = {key: value for key, value in entry.items() if key not in (column, "metadata")}
     metadata = {**others, **nested}
+    for key, value in {column: text, **metadata}.items():
+        if isinstance(value, str) and (wrong := misfit(value)):
+            raise PromptError(f"{where}: {key!r} must be text without {wrong}")
     if IMAGE in metadata:
         metadata[IMAGE] = _input_image(metadata[IMAGE], where=where, folder=folder)
     return Prompt(text=text, metadata=metadata)
 
 
 def _input_image(source: object, *, where: str, folder: Path) -> object:
-    """The image as it is, or the absolute path of a file that can be read, from `folder` on."""
+    """The image itself, or the absolute path of a readable file; relative paths start from `folder`."""
+    if isinstance(source, str) and "://" in source:
+        raise PromptError(f"{where}: {IMAGE!r} must be a file on this machine, got {source!r}; download it first")
     if isinstance(source, str | Path):
         source = str((folder / Path(source).expanduser()).absolute())
     try:

@@ -1,35 +1,72 @@
-"""Sets a run up: its folder, rewards, prompts, policy and state; or takes them up again from a checkpoint."""
+"""Sets up a run: its folder, rewards, prompts, policy and state, at the start or at a checkpoint."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ddpo import Policy
+from ddpo.seeds import NOISE
+from ddpo.validation import UserError, within
 from rewards import WeightedSum
-from trainers.checkpoint import (
-    CheckpointError,
+from trainers.config import Config
+from trainers.config.io import to_yaml
+from trainers.epoch.learning_rate import schedule_notice
+from trainers.epoch.state import TrainState
+from trainers.evaluation.evaluator import Evaluator, evaluation_prompts
+from trainers.offline.read import images_of, load_judged
+from trainers.parallel.agreement import check_same_weights
+from trainers.parallel.processes import Processes
+from trainers.parallel.rng import seed_rng
+from trainers.parallel.sharding import distribute
+from trainers.planning.memoryless import memory_notice
+from trainers.planning.plan import BatchPlan, check_judged, check_whole_groups, make_plan
+from trainers.planning.policy_loading import count_decisions, load_policy
+from trainers.planning.rounding import rounding_notice
+from trainers.prompts import Prompt, PromptStream, load_prompts
+from trainers.run_folder.checkpoint import (
     checkpoint_epoch,
     discard_after,
-    latest_checkpoint,
     load_checkpoint,
 )
-from trainers.config import Config
-from trainers.config_io import ConfigError, load_config, to_yaml
-from trainers.evaluation import Evaluator, evaluation_prompts
-from trainers.overoptimisation import discard_evaluations
-from trainers.plan import BatchPlan, check_whole_groups, expected_plan, make_plan
-from trainers.policies import count_decisions, load_policy
-from trainers.processes import Processes
-from trainers.progress import Progress
-from trainers.prompt_record import record_prompts
-from trainers.prompts import Prompt, PromptStream, load_prompts
-from trainers.reward_processes import start_rewards
-from trainers.reward_record import record_rewards
-from trainers.run import CONFIG, RunFolder
-from trainers.sharding import distribute
-from trainers.state import TrainState
-from trainers.tracking import Tracker, open_trackers
+from trainers.run_folder.folder import RunFolder
+from trainers.run_folder.husks import make_way, sweep
+from trainers.run_folder.model_record import record_model
+from trainers.run_folder.prompt_record import record_prompts
+from trainers.run_folder.python_runs import record_objects
+from trainers.run_folder.reward_record import record_rewards
+from trainers.scoring.loading import load_rewards
+from trainers.tracking.progress import Progress
+from trainers.tracking.tracker import Tracker, open_trackers
+
+_STEM_LETTERS = 100  # of a configuration's or reward's name in that of a run
+_OTHER_NOISE = (
+    "NOTE: the checkpoint is of a version that drew other noise from the same seed: the run goes on with new noise and "
+    "a new order of prompts, and its earlier evaluations show other pictures than the later ones"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a run is made of, read from a configuration or handed over from Python.
+
+    Attributes:
+        policy: At its pretrained weights.
+        reward: What is optimised.
+        heldout: What is only measured; None for nothing.
+        prompts: Training prompts, or judged images with theirs.
+        evaluation_prompts: Where the evaluation's prompts are taken from.
+        objects: Handed over from Python: what of it no command can make again (`trainers.run_folder.python_runs`); None
+            where all of it was read from a configuration.
+    """
+
+    policy: Policy
+    reward: WeightedSum
+    heldout: WeightedSum | None
+    prompts: Sequence[Prompt]
+    evaluation_prompts: Sequence[Prompt]
+    objects: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +80,7 @@ class Session:
         processes: Who shares the run.
         progress: Bars.
         evaluator: The fixed evaluation set.
-        evaluated: The policy as evaluations sample from it; its weights are the state's.
+        evaluation_policy: The policy as evaluations sample from it; its weights are the state's.
         heldout: Rewards that are only measured; None for none.
         tracker: Where metrics go besides the run folder.
     """
@@ -54,7 +91,7 @@ class Session:
     processes: Processes
     progress: Progress
     evaluator: Evaluator
-    evaluated: Policy
+    evaluation_policy: Policy
     heldout: WeightedSum | None
     tracker: Tracker
 
@@ -66,64 +103,68 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
         config: The run's configuration.
         processes: Who shares the run.
         yaml: The configuration's text.
-        stem: What an unnamed run is called after; None takes the first reward.
+        stem: What the name of an unnamed run ends with; None takes the first reward.
     """
     if stem is None:
-        stem = config.rewards[0].shown.replace(":", "-").replace("/", "-") if config.rewards else "run"
-    made = RunFolder.create(config.run.folder, config.run.name, yaml, stem=stem) if processes.is_main else None
+        stem = Path(config.rewards[0].shown).name.replace(":", "-") if config.rewards else "run"
+    made = _created(config, yaml, stem=stem[:_STEM_LETTERS]) if processes.is_main else None
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
     return made or RunFolder(path=Path(path))
 
 
-def load_session(config: Config, processes: Processes, run: RunFolder, first_step: int) -> Session:
-    """Loads rewards, prompts and the policy of a configuration."""
-    device = str(processes.device)
-    if config.reward_processes.devices:
-        reward, heldout = start_rewards(config, processes)
-    else:
-        reward, heldout = WeightedSum(config.terms, device=device), load_heldout(config, device)
-    texts, evaluated = load_prompts(config.prompts), evaluation_prompts(config)
-    policy = load_policy(config, device)
-    return make_session(config, policy, reward, heldout, texts, evaluated, processes, run, first_step=first_step)
+def _created(config: Config, yaml: str, *, stem: str) -> RunFolder:
+    """A new folder, in place of one of the same name that never finished an epoch."""
+    sweep(config.run.folder)
+    notice = None if config.run.name is None else make_way(config.run.folder / config.run.name)
+    if notice is not None:
+        Progress(enabled=True).line(notice)
+    return RunFolder.create(config.run.folder, config.run.name, yaml, stem=stem)
 
 
-def load_heldout(config: Config, device: str) -> WeightedSum | None:
-    """The rewards that are only measured; None for none."""
-    return WeightedSum(config.heldout_rewards, device=device) if config.heldout_rewards else None
+def training_entries(config: Config) -> list[Prompt]:
+    """What an epoch draws from: prompts, or judged images with theirs."""
+    return load_prompts(config.prompts) if config.offline is None else load_judged(config.offline)
+
+
+def prepare(config: Config, processes: Processes) -> Loaded:
+    """Loads what a configuration names; the policy is at its pretrained weights."""
+    seed_rng(config.seed, processes.rank)
+    reward, heldout = load_rewards(config, processes)
+    prompts, evaluation = training_entries(config), evaluation_prompts(config)
+    policy = load_policy(config, str(processes.device))
+    return Loaded(policy=policy, reward=reward, heldout=heldout, prompts=prompts, evaluation_prompts=evaluation)
 
 
 def make_session(
     config: Config,
-    policy: Policy,
-    reward: WeightedSum,
-    heldout: WeightedSum | None,
-    prompts: Sequence[Prompt],
-    evaluated: Sequence[Prompt],
+    loaded: Loaded,
     processes: Processes,
     run: RunFolder,
     *,
-    first_step: int,
+    source: Path | None = None,
+    planned: BatchPlan | None = None,
+    accept: Collection[str] = (),
 ) -> Session:
-    """Plans a run of a loaded policy and opens its trackers.
+    """Plans a run of what is loaded and opens its trackers.
 
     Args:
         config: The run's configuration.
-        policy: At its pretrained weights.
-        reward: What is optimised.
-        heldout: What is only measured.
-        prompts: Training prompts.
-        evaluated: Where the evaluation's prompts are taken from.
+        loaded: What it trains, scores and draws from.
         processes: Who shares the run.
         run: The run folder.
-        first_step: First epoch that trackers will see.
+        source: The checkpoint that `restore` will go on from; None at the start.
+        planned: The plan that was shown before the pipeline was loaded; None for none.
+        accept: What may be another one than the run began with; see `trainers.run_folder.model_record`.
     """
-    num_stochastic = count_decisions(policy)
-    if heldout is None and config.evaluation.stop_on_overoptimisation:
-        raise ValueError(
-            "evaluation.stop_on_overoptimisation needs held-out rewards, which show over-optimisation; got none"
+    policy = loaded.policy
+    num_stochastic = count_decisions(policy, needed=config.demand.needs_noise)
+    if config.demand.contenders and config.demand.contended(num_stochastic) == 0:
+        raise UserError(
+            f"{config.demand.name} compares next states from objective.first_step on, and only {num_stochastic} steps "
+            "of this pipeline have noise; lower first_step or raise sampler.num_steps"
         )
-    everything = [*prompts, *evaluated]
+    everything = [*loaded.prompts, *loaded.evaluation_prompts]
     policy.check_inputs([prompt.text for prompt in everything], [prompt.metadata for prompt in everything])
     plan = make_plan(
         config,
@@ -132,25 +173,56 @@ def make_session(
         branches=policy.rule.branches,
         rank=processes.rank,
     )
-    if reward.groupwise:
+    if loaded.reward.groupwise:
         check_whole_groups(plan)
+    if config.offline is not None:
+        check_judged(plan, len(images_of(loaded.prompts[0])))
+    if config.demand.whole_groups:
+        check_whole_groups(plan, who="an objective", alone=True)
     progress = Progress(enabled=processes.is_main)
+    if config.demand.reward_gradient:
+        check_gradient(loaded.reward, name=config.demand.name, progress=progress)
+    rounding = rounding_notice(
+        config.model.precision, dims=math.prod(policy.latent_shape), joint_ratio=config.demand.joint_ratio
+    )
+    memory = memory_notice(policy.schedule) if config.weighs_kl else None
+    for notice in (memory, rounding, config.advantages.notice):
+        if notice:
+            progress.line(notice)
     evaluator = Evaluator(
         config.evaluation,
-        evaluated,
+        loaded.evaluation_prompts,
         batch_size=config.batch.sample_batch_size,
         processes=processes,
         progress=progress,
     )
-    record_prompts(run.path, prompts, evaluator.sources, processes, progress)
-    evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)  # while the network is whole
+    is_fresh = source is None or checkpoint_epoch(source) == 0  # no epoch depends on what was recorded
+    accept = (*accept, "model", "prompts") if is_fresh else accept
+    is_other = record_model(run.path, policy, config, processes, progress, accept=accept)  # while the network is whole
+    if loaded.objects is not None and processes.is_main:
+        record_objects(run.path, loaded.objects, loaded.prompts)
+    is_other |= record_prompts(run.path, loaded.prompts, evaluator.sources, processes, progress, accept=accept)
+    if is_other and processes.is_main:
+        run.discard_evaluation(0)
+    with within("evaluation"):  # while the network is whole
+        evaluation_policy = policy.with_sampler(config.evaluation_sampler, seed=config.seed)
+    check_same_weights(policy.components, processes)
     distribute(policy, config.distributed, processes)
-    stream = PromptStream(prompts, seed=config.seed, shuffle=config.prompts.shuffle)
-    state = TrainState.start(config, policy, reward, stream)
-    expected = expected_plan(config, num_processes=processes.count, rank=processes.rank)
-    if plan != replace(expected, steps_known=True, rows_known=True):
-        progress.line(f"the plan, now that the pipeline is loaded:\n{plan.describe()}")
-    record_rewards(run.path, reward, heldout, processes, progress)
+    shuffle = (config.prompts if config.offline is None else config.offline).shuffle
+    stream = PromptStream(loaded.prompts, seed=config.seed, shuffle=shuffle)
+    state = TrainState.start(config, policy, loaded.reward, stream)
+    if planned is not None and (plan.num_stochastic, plan.branches) != (planned.num_stochastic, planned.branches):
+        progress.line(f"of the plan, now that the pipeline is loaded:\n{plan.describe(shown=planned)}")
+    record_rewards(run.path, loaded.reward, loaded.heldout, processes, progress)
+    tracker = open_trackers(
+        config.tracking.trackers,
+        run=run.path,
+        project=config.tracking.project,
+        config=json.loads(json.dumps(asdict(config))),
+        main_process=processes.is_main,
+        first_step=0 if source is None else checkpoint_epoch(source) + 1,
+    )
+    seed_rng(config.seed, processes.rank)  # whatever loading has drawn
     return Session(
         run=run,
         state=state,
@@ -158,58 +230,67 @@ def make_session(
         processes=processes,
         progress=progress,
         evaluator=evaluator,
-        evaluated=evaluation_policy,
-        heldout=heldout,
-        tracker=open_trackers(
-            config.tracking.trackers,
-            run=run.path,
-            project=config.tracking.project,
-            config=json.loads(json.dumps(asdict(config))),
-            main_process=processes.is_main,
-            first_step=first_step,
-        ),
+        evaluation_policy=evaluation_policy,
+        heldout=loaded.heldout,
+        tracker=tracker,
     )
 
 
-def checkpoint_to_resume(run: RunFolder, checkpoint: str | None) -> Path:
-    """The checkpoint folder of that name, or the newest; `CheckpointError` when there is none yet."""
-    source = latest_checkpoint(run.path) if checkpoint is None else run.checkpoints / checkpoint
-    if source is None:
-        raise CheckpointError(
-            f"{run.path} has no checkpoint yet; the first comes after checkpoints.every_epochs epochs"
-        )
-    return source
-
-
-def check_epochs(config: Config, source: Path | None) -> None:
-    """Refuses a configuration that ends before the checkpoint to go on from.
+def check_gradient(reward: WeightedSum, *, name: str, progress: Progress) -> None:
+    """Refuses rewards of which none has derivatives, and says which have none beside others that do.
 
     Raises:
-        ConfigError: It does.
+        UserError: None has, or one compares images.
     """
-    done = 0 if source is None or not source.is_dir() else checkpoint_epoch(source)
-    if done > config.epochs:
-        raise ConfigError(
-            f"epochs must be at least {done}, which {source} has finished, got {config.epochs}; give more with "
-            f"--epochs, or go on from an earlier one with --checkpoint"
+    through, without = reward.with_gradient, reward.without_gradient
+    if not through:
+        raise UserError(
+            f"the objective {name} learns through the gradient of the rewards, and {', '.join(without)} must be "
+            "differentiable for that, or stand beside one that is; choose another reward or another objective.kind"
+        )
+    compared = [one.name for one in reward.rewards if one.groupwise and one.name in (*through, *without)]
+    if compared:
+        raise UserError(
+            f"the objective {name} learns from one image at a time, and {', '.join(compared)} must compare no images; "
+            "leave it out, or choose another objective.kind"
+        )
+    if without:
+        progress.line(
+            f"{name} learns through {', '.join(through)} alone: {', '.join(without)} counts in the reported total, "
+            "has no gradient and trains nothing"
         )
 
 
-def restore(session: Session, source: Path | None) -> None:
+def restore(session: Session, source: Path | None, *, saved: Config) -> None:
     """Puts a session where a checkpoint left it, or at its start, and the run folder's records with it.
 
-    What was changed in the configuration is kept for the next resume.
+    Args:
+        session: The run.
+        source: The checkpoint; None for the start.
+        saved: The configuration in the run folder; where the session's differs, it is kept for the next resume.
     """
     run, processes = session.run, session.processes
     if source is not None:
-        session.state.load(*load_checkpoint(source), processes)
+        tensors, values = load_checkpoint(source)
+        session.state.load(tensors, values, processes)
+        if values.get("noise") != NOISE:
+            session.progress.line(_OTHER_NOISE)
     if processes.is_main:
         run.note_resume("none" if source is None else source.name)
-        run.truncate_metrics(session.state.epoch)
+        if (notice := run.restore_metrics(source, after_epoch=session.state.epoch)) is not None:
+            session.progress.line(notice)
         discard_after(run.path, session.state.epoch)
-        discard_evaluations(run.evaluations, session.state.epoch)
-        if session.state.config != load_config(run.path / CONFIG):
+        run.discard_evaluations(after_epoch=session.state.epoch)
+        if session.state.config != saved:
             run.save_config(to_yaml(session.state.config, full=True))
     where = "the start: there is no checkpoint yet" if source is None else f"{source} after epoch {session.state.epoch}"
     session.progress.line(f"resumed from {where}")
+    notice = schedule_notice(
+        saved,
+        session.state.config,
+        update_index=session.state.learner.counts.updates,
+        updates_per_epoch=session.plan.optimizer_steps_per_epoch,
+    )
+    if notice is not None:
+        session.progress.line(notice)
     processes.wait()

@@ -1,6 +1,7 @@
-"""Objectives: one algorithm per file, each a generator of losses (`ddpo.objectives.base.Objective`)."""
+"""Objectives: one algorithm per file, with its configuration, its batch and its losses (`ddpo.objectives.base`)."""
 
-from ddpo.objectives.base import Loss, Objective
-from ddpo.objectives.policy_gradient import PolicyGradientConfig, policy_gradient
+from ddpo.objectives.base import Demand, Loss, Models, Objective, ObjectiveConfig
+from ddpo.objectives.experience import Experience
+from ddpo.objectives.policy_gradient import PolicyGradientConfig
 
-__all__ = ["Loss", "Objective", "PolicyGradientConfig", "policy_gradient"]
+__all__ = ["Demand", "Experience", "Loss", "Models", "Objective", "ObjectiveConfig", "PolicyGradientConfig"]

@@ -1,4 +1,4 @@
 """A reward learnt from preferences: pairs, labelling, the Bradley-Terry fit, calibration, the choice of new pairs.
 
-docs/preferences.md shows the commands; `rewards.learned` is the reward that comes out.
+docs/preferences.md shows the commands; `rewards.preferences.learned` is the reward that comes out.
 """

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rewards.imagenet import ImageNetClass
-from rewards.open_clip_model import OpenClip
+from rewards.base import UserError
+from rewards.images.preprocessing import Preprocessing, resize
+from rewards.models.imagenet import ImageNetClassifier
+from rewards.models.open_clip_model import OpenClip
+from rewards.models.siglip import SIGLIP
+from rewards.models.transformers_model import DualEncoder
 from rewards.preferences.networks import CaptionedCnn, EmbeddingHead, Scorer
 from rewards.preferences.vocabulary import Vocabulary
-from rewards.preprocessing import Preprocessing, resize
-from rewards.siglip_score import SIGLIP
-from rewards.transformers_model import DualEncoder
 
 REWARD = "learned"
 CNN_CHANNELS, CNN_WIDTH, HEAD_WIDTH = 48, 64, 128
@@ -46,14 +47,14 @@ def make_encoder(name: str, *, vocabulary: Vocabulary, side: int, device: torch.
     """The encoder of a name, see the module docstring.
 
     Args:
-        name: one of the forms above.
-        vocabulary: words of the captions, for encoders without a text part.
-        side: of the pictures that the CNN sees, pixels.
-        device: where it runs.
+        name: One of the forms above.
+        vocabulary: Words of the captions, for encoders without a text part.
+        side: Of the pictures that the CNN sees, pixels.
+        device: Where it runs.
 
     Raises:
-        ValueError: unknown name, or weights that are missing.
-        ImportError: a package is missing; the message names the extra.
+        UserError: Unknown name, or weights that are missing.
+        ImportError: A package is missing; the message names the extra.
     """
     kind, _, model = name.partition(":")
     if kind == "cnn" and not model:
@@ -75,7 +76,7 @@ def make_encoder(name: str, *, vocabulary: Vocabulary, side: int, device: torch.
             device=device,
         )
         return TwoTowers(towers)
-    raise ValueError(
+    raise UserError(
         f"encoder must be cnn, imagenet, open_clip:MODEL@PRETRAINED, clip:MODEL or siglip:MODEL, got {name!r}"
     )
 
@@ -85,9 +86,9 @@ class Pixels:
     """Pictures at one small size, captions as words.
 
     Args:
-        vocabulary: words.
-        side: of the square that pictures are brought to, pixels.
-        device: where tensors go.
+        vocabulary: Words.
+        side: Of the square that pictures are brought to, pixels.
+        device: Where tensors go.
     """
 
     def __init__(self, *, vocabulary: Vocabulary, side: int, device: torch.device) -> None:
@@ -114,13 +115,13 @@ class ImageNet:
     """EfficientNet-Lite0's class scores at unit length, captions as words.
 
     Args:
-        vocabulary: words.
-        device: where the network runs.
+        vocabulary: Words.
+        device: Where the network runs.
     """
 
     def __init__(self, *, vocabulary: Vocabulary, device: torch.device) -> None:
         self._vocabulary = vocabulary
-        self._classifier = ImageNetClass(device=device)
+        self._classifier = ImageNetClassifier(reward=REWARD, device=device)
         self._device = device
 
     def images(self, images: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class TwoTowers:
     """Image and text embeddings of one frozen model, at unit length.
 
     Args:
-        model: of open_clip or transformers.
+        model: Of open_clip or transformers.
     """
 
     def __init__(self, model: OpenClip | DualEncoder) -> None:

@@ -18,6 +18,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from rewards.base import UserError
 from rewards.preferences.encoders import Encoder, make_encoder
 from rewards.preferences.networks import Scorer
 from rewards.preferences.vocabulary import Vocabulary
@@ -31,12 +32,12 @@ class EnsembleConfig:
     """What is needed to make the networks again.
 
     Attributes:
-        encoder: name, see `rewards.preferences.encoders`.
-        words: vocabulary in order.
-        length: words of a caption that are read.
-        side: of the pictures that the CNN sees.
+        encoder: Name, see `rewards.preferences.encoders`.
+        words: Vocabulary in order.
+        length: Words of a caption that are read.
+        side: Of the pictures that the CNN sees.
         members: `K`.
-        temperature: what scores are divided by.
+        temperature: What scores are divided by.
     """
 
     encoder: str
@@ -57,8 +58,8 @@ class Ensemble:
     """Fitted scorers.
 
     Args:
-        config: of the ensemble.
-        encoder: that made the features the members were fitted on.
+        config: Of the ensemble.
+        encoder: That made the features the members were fitted on.
         members: `K` of them.
     """
 
@@ -76,7 +77,7 @@ class Ensemble:
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `members.safetensors`."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -84,7 +85,7 @@ class Ensemble:
             for number, member in enumerate(self.members)
             for name, value in member.state_dict().items()
         }
-        save_file(tensors, folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(save(tensors))  # `save_file` would close it to all but its owner
         config = {
             "format": FORMAT,
             "encoder": self.config.encoder,
@@ -94,15 +95,15 @@ class Ensemble:
             "members": self.config.members,
             "temperature": self.config.temperature,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device) -> Ensemble:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: the folder holds no ensemble, a damaged one, or one whose encoder is not to be had.
-            ImportError: the encoder needs a package.
+            UserError: The folder holds no ensemble, a damaged one, or one whose encoder is not to be had.
+            ImportError: The encoder needs a package.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -112,7 +113,7 @@ class Ensemble:
         try:
             tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}); fit the reward again") from error
+            raise UserError(f"{folder / WEIGHTS} cannot be read ({error}); fit the reward again") from error
         members = []
         for number in range(config.members):
             with torch.random.fork_rng():  # the weights drawn here are replaced
@@ -123,7 +124,7 @@ class Ensemble:
                 member.load_state_dict(own)
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[-1].strip()
-                raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {reason}") from error
+                raise UserError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {reason}") from error
             members.append(member)
         return cls(config, encoder, members)
 
@@ -132,15 +133,15 @@ def read_config(folder: Path) -> EnsembleConfig:
     """What the networks in a folder are made from; reads no weights.
 
     Raises:
-        ValueError: the folder holds no ensemble.
+        UserError: The folder holds no ensemble.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is no fitted reward (no {CONFIG} in it); make one with ddpo rewards fit")
+        raise UserError(f"{folder} is no fitted reward (no {CONFIG} in it); make one with ddpo rewards fit")
     try:
-        entry = json.loads(path.read_text())
+        entry = json.loads(path.read_text(encoding="utf-8"))
         if entry["format"] != FORMAT:
-            raise ValueError(f"its format is {entry['format']!r}, this version reads {FORMAT}")
+            raise UserError(f"its format is {entry['format']!r}, this version reads {FORMAT}")
         return EnsembleConfig(
             encoder=str(entry["encoder"]),
             words=tuple(map(str, entry["words"])),
@@ -149,5 +150,5 @@ def read_config(folder: Path) -> EnsembleConfig:
             members=int(entry["members"]),
             temperature=float(entry["temperature"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no configuration of a fitted reward: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no configuration of a fitted reward: {type(error).__name__} {error}") from error

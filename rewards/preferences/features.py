@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from rewards.cli import load_image
+from rewards.images.picture import load_image
 from rewards.preferences.encoders import Encoder
 from rewards.preferences.pairs import Pair
 from rewards.preferences.progress import track
@@ -73,12 +73,12 @@ def encode(pairs: Sequence[Pair], encoder: Encoder, *, show: bool = False) -> Pa
     """Encodes every picture and caption once.
 
     Args:
-        pairs: what is needed.
-        encoder: makes the features.
-        show: whether to show a bar.
+        pairs: What is needed.
+        encoder: Makes the features.
+        show: Whether to show a bar.
 
     Raises:
-        ValueError: a picture cannot be read.
+        UserError: A picture cannot be read.
     """
     files = sorted({path for pair in pairs for path in (pair.a, pair.b)})
     texts = sorted({pair.prompt for pair in pairs})

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from rewards.preferences.command import Fit
+from rewards.preferences.fit import Fit
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#999999"
 _GROUPS = 5
@@ -30,7 +28,7 @@ def draw(fitted: Fit, path: Path) -> None:
     sizes = [10 + 300 * entry.count / fitted.heldout.num_pairs for entry in bins]
     reliability.scatter([b.confidence for b in bins], [b.accuracy for b in bins], s=sizes, color=_ORANGE, zorder=3)
     reliability.set(
-        title=f"held-out reliability, ECE {fitted.heldout.ece:.3f}",
+        title=f"held-out reliability, ECE {fitted.heldout.ece:.3f} (floor {fitted.heldout.ece_floor:.3f})",
         xlabel="confidence",
         ylabel="accuracy",
         xlim=(0.48, 1.02),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rewards.base import UserError
 from rewards.preferences.features import PairFeatures
 from rewards.preferences.networks import CaptionedCnn, Scorer
 
@@ -72,7 +73,7 @@ class FitConfig:
 
 def _check(fine: bool, name: str, value: float, wanted: str) -> None:
     if not fine:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+        raise UserError(f"{name} must be {wanted}, got {value}")
 
 
 def negative_log_likelihood(difference: Tensor, label: Tensor) -> Tensor:
@@ -106,12 +107,12 @@ def fit_member(
     several independent steps out of one fact.
 
     Args:
-        make: a new scorer, from torch's global generator.
-        train: labelled pairs.
-        validation: labelled pairs of other prompts.
-        config: how.
-        member: its number, which with the seed decides all that is random.
-        on_epoch: told the epoch, from 1, and its validation loss.
+        make: A new scorer, from torch's global generator.
+        train: Labelled pairs.
+        validation: Labelled pairs of other prompts.
+        config: How.
+        member: Its number, which with the seed decides all that is random.
+        on_epoch: Told the epoch, from 1, and its validation loss.
 
     Returns:
         The scorer and the validation loss after every epoch, nats a pair.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,10 +22,14 @@ from types import TracebackType
 from typing import Literal, Self, final, get_args
 from zlib import crc32
 
+from filelock import lock_descriptor
+
+from rewards.base import UserError
 from rewards.preferences.pairs import Pair, as_entry, parse_pair
 
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES = get_args(Choice)
+_LINE_START = b'{"prompt": "'
 
 
 class StaleChoice(ValueError):
@@ -38,11 +41,11 @@ class Progress:
     """Where a session stands.
 
     Attributes:
-        current: number of the pair to decide, None when all are.
-        following: number of the one after it, None when there is none.
-        labelled: pairs with a label, ties included.
-        skipped: pairs passed over.
-        total: pairs of the session.
+        current: Number of the pair to decide, None when all are.
+        following: Number of the one after it, None when there is none.
+        labelled: Pairs with a label, ties included.
+        skipped: Pairs passed over.
+        total: Pairs of the session.
     """
 
     current: int | None
@@ -57,11 +60,11 @@ class LabelSession:
     """Pairs to decide and the file of what was decided; safe to use from several threads, refuses a second process.
 
     Args:
-        pairs: in the order to be shown; a pair that stands there twice is shown once.
-        output: file of labels, made or continued.
+        pairs: In the order to be shown; a pair that stands there twice is shown once.
+        output: File of labels, made or continued.
 
     Raises:
-        ValueError: the file holds a malformed line, or another process has it open for labelling.
+        UserError: The file holds a malformed line, or another process has it open for labelling.
     """
 
     def __init__(self, pairs: Sequence[Pair], output: Path) -> None:
@@ -96,10 +99,10 @@ class LabelSession:
             return self._progress()
 
     def choose(self, number: int, choice: Choice) -> Progress:
-        """Record the decision on a pair.
+        """Records the decision on a pair.
 
         Raises:
-            StaleChoice: the pair is not the current one: it was decided already, perhaps in another window.
+            StaleChoice: The pair is not the current one: it was decided already, perhaps in another window.
         """
         with self._lock:
             if number != self._progress().current:
@@ -108,7 +111,7 @@ class LabelSession:
             return self._progress()
 
     def undo(self) -> Progress:
-        """Take the last decision on a pair of this session back; nothing when there is none."""
+        """Takes the last decision on a pair of this session back; nothing when there is none."""
         with self._lock:
             if self._history and self._history[-1][0] is not None:
                 _, start, _ = self._history.pop()
@@ -144,36 +147,54 @@ class LabelSession:
         self._history.append((number, start, choice == "skip"))
 
     def _read(self, output: Path) -> list[tuple[int | None, int, bool]]:
-        """For each line of the file: the pair's number (None for a pair of another session), its place, if skipped."""
+        """For each line of the file: the pair's number (None for a pair of another session), its place, if skipped.
+
+        All lines are read before the file is touched: one that is none of labels stays as it is.
+        """
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
+        rest = content[whole:]
+        lines = content[:whole].splitlines(keepends=True)
+        is_cut_short = bool(rest) and _is_beginning(rest)
+        if rest and not is_cut_short:
+            lines.append(rest)
         number_of = {pair.key: number for number, pair in enumerate(self.pairs)}
         history: list[tuple[int | None, int, bool]] = []
         start = 0
-        for line_number, line in enumerate(content[:whole].splitlines(keepends=True), 1):
+        for line_number, line in enumerate(lines, 1):
             text = line.decode(errors="replace")
             if text.strip():
                 try:
                     labelled = parse_pair(text, folder=self._folder, labelled=True)
                     pair = labelled or parse_pair(text, folder=self._folder, labelled=False)
                 except ValueError as error:
-                    raise ValueError(f"{output}: line {line_number}: {error}") from error
+                    raise UserError(f"{output}: line {line_number}: {error}") from error
                 assert pair is not None, "only a skipped pair is passed over, and only where labels are asked for"
                 history.append((number_of.get(pair.key), start, labelled is None))
             start += len(line)
+        if is_cut_short:
+            self._file.truncate(whole)
+        elif rest:  # whole, but for the end of its line
+            self._file.write(b"\n")
+            self._file.flush()
         return history
 
 
-def _lock_file(descriptor: int, path: Path) -> None:
-    """Holds the file for this process until it ends, also by force."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
+def _is_beginning(rest: bytes) -> bool:
+    """Whether this is a line of labels that a crash cut short: it begins like one, and is not whole."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"{path} is open for labelling in another process; use that page, or another --out") from error
+        json.loads(rest)
+    except (ValueError, RecursionError):
+        return rest.startswith(_LINE_START[: len(rest)])
+    return False
+
+
+def _lock_file(descriptor: int, path: Path) -> None:
+    """Holds the file for this process until it ends, also by force; not where the file system has no locks."""
+    try:
+        if lock_descriptor(descriptor, blocking=False):
+            return
+    except OSError:
+        return
+    raise UserError(f"{path} is open for labelling in another process; use that page, or another --out")

@@ -27,8 +27,8 @@ class CaptionReader(nn.Module):
     """Reads a caption into a vector.
 
     Args:
-        num_words: size of the vocabulary, 0 for padding, where captions are word indices; 0 where they are vectors.
-        inputs: dimensions of a caption's vector where it comes from a frozen encoder.
+        num_words: Size of the vocabulary, 0 for padding, where captions are word indices; 0 where they are vectors.
+        inputs: Dimensions of a caption's vector where it comes from a frozen encoder.
         width: `W`.
     """
 
@@ -69,8 +69,8 @@ class CaptionedCnn(nn.Module):
 
     Args:
         side: `S`, 8 times a power of two.
-        channels: of the coarse features.
-        num_words: size of the vocabulary.
+        channels: Of the coarse features.
+        num_words: Size of the vocabulary.
         width: `W`.
 
     Raises:
@@ -112,9 +112,9 @@ class EmbeddingHead(nn.Module):
     """A small network on frozen embeddings.
 
     Args:
-        image_inputs: dimensions of an image embedding.
-        text_inputs: dimensions of a text embedding; 0 where captions are word indices.
-        num_words: size of the vocabulary, 0 where captions are embeddings.
+        image_inputs: Dimensions of an image embedding.
+        text_inputs: Dimensions of a text embedding; 0 where captions are word indices.
+        num_words: Size of the vocabulary, 0 where captions are embeddings.
         width: `W`, also of the hidden layer.
     """
 

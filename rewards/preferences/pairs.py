@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
+from rewards.base import UserError
 from rewards.preferences.pictures import parse_object
 
 _SHOWN = 10
@@ -25,9 +26,9 @@ class Pair:
     """Two pictures of one prompt.
 
     Attributes:
-        prompt: what both show.
-        a: picture file.
-        b: another picture file.
+        prompt: What both show.
+        a: Picture file.
+        b: Another picture file.
         label: 1 where a is preferred, 0 where b is, 0.5 for a tie, None without a label.
     """
 
@@ -43,21 +44,21 @@ class Pair:
 
 
 def read_pairs(path: Path, *, labelled: bool) -> list[Pair]:
-    """Read a file of pairs.
+    """Reads a file of pairs.
 
     Args:
         path: JSON lines.
-        labelled: whether every pair must have a label, but for skipped ones, which are left out.
+        labelled: Whether every pair must have a label, but for skipped ones, which are left out.
 
     Raises:
-        ValueError: malformed lines, each named with the file and its number; no pairs; no such file.
+        UserError: Malformed lines, each named with the file and its number; no pairs; no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file of pairs")
+        raise UserError(f"{path}: no such file of pairs")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # others, as U+2028, may stand in a text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error})") from error
+        raise UserError(f"{path}: is not UTF-8 text ({error})") from error
     pairs: list[Pair] = []
     wrong: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -72,36 +73,36 @@ def read_pairs(path: Path, *, labelled: bool) -> list[Pair]:
             pairs.append(pair)
     if wrong:
         more = [f"{path}: {len(wrong) - _SHOWN} more malformed lines"] if len(wrong) > _SHOWN else []
-        raise ValueError("\n".join(wrong[:_SHOWN] + more))
+        raise UserError("\n".join(wrong[:_SHOWN] + more))
     if not pairs:
-        raise ValueError(f"{path}: has no {'labelled ' if labelled else ''}pairs")
+        raise UserError(f"{path}: has no {'labelled ' if labelled else ''}pairs")
     return pairs
 
 
 def parse_pair(line: str, *, folder: Path, labelled: bool) -> Pair | None:
-    """Read one line; None for a skipped pair where labels are asked for.
+    """Reads one line; None for a skipped pair where labels are asked for.
 
     Raises:
-        ValueError: what is wrong with it.
+        UserError: What is wrong with it.
     """
     entry = parse_object(line, wanted='an object such as {"prompt": "a cat", "a": "1.png", ...}')
     prompt, label = entry.get("prompt"), entry.get("label")
     if not isinstance(prompt, str):
-        raise ValueError(f"'prompt' must be a text, got {prompt!r}")
+        raise UserError(f"'prompt' must be a text, got {prompt!r}")
     a, b = (_picture(entry, name, folder) for name in ("a", "b"))
     if a == b:
-        raise ValueError(f"'a' and 'b' are the same picture {a}")
+        raise UserError(f"'a' and 'b' are the same picture {a}")
     if labelled and entry.get("skipped") is True:
         return None
     if label is None and labelled:
-        raise ValueError("has no 'label'; give 1 (a is better), 0 (b is better) or 0.5 (tie), or leave the line out")
+        raise UserError("has no 'label'; give 1 (a is better), 0 (b is better) or 0.5 (tie), or leave the line out")
     if label is not None and (isinstance(label, bool) or label not in (0, 0.5, 1)):
-        raise ValueError(f"'label' must be 1 (a is better), 0 (b is better) or 0.5 (tie), got {label!r}")
+        raise UserError(f"'label' must be 1 (a is better), 0 (b is better) or 0.5 (tie), got {label!r}")
     return Pair(prompt=prompt, a=a, b=b, label=None if label is None else float(label))
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs, with pictures relative to the file; replaces the file at once."""
+    """Writes pairs, with pictures relative to the file; replaces the file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(as_entry(pair, path.parent)) + "\n" for pair in pairs), encoding="utf-8")
@@ -122,19 +123,19 @@ def split_by_prompt(prompts: Sequence[str], shares: Sequence[float], *, seed: in
     of the prompts to rounding.
 
     Args:
-        prompts: a prompt for each pair, repeats expected.
-        shares: of every part but the first, which takes the rest; each part gets at least one prompt.
-        seed: chooses the order.
+        prompts: A prompt for each pair, repeats expected.
+        shares: Of every part but the first, which takes the rest; each part gets at least one prompt.
+        seed: Chooses the order.
 
     Returns:
         For each of `prompts`, the index of its part: 0 the rest, then as in `shares`.
 
     Raises:
-        ValueError: fewer different prompts than parts.
+        UserError: Fewer different prompts than parts.
     """
     order = sorted(set(prompts), key=lambda text: (crc32(f"{seed} {text}".encode()), text))
     if len(order) <= len(shares):
-        raise ValueError(
+        raise UserError(
             f"training, validation and held-out pairs need {len(shares) + 1} different prompts at least, "
             f"got {len(order)}: label pairs of more prompts"
         )
@@ -151,9 +152,9 @@ def split_by_prompt(prompts: Sequence[str], shares: Sequence[float], *, seed: in
 def _picture(entry: dict[str, object], name: str, folder: Path) -> Path:
     value = entry.get(name)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name!r} must be the path of a picture, got {value!r}")
+        raise UserError(f"{name!r} must be the path of a picture, got {value!r}")
     path = Path(value).expanduser()
     path = path if path.is_absolute() else folder / path
     if not path.is_file():
-        raise ValueError(f"{name!r}: there is no picture {path}")
+        raise UserError(f"{name!r}: there is no picture {path}")
     return path

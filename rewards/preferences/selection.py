@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rewards.cli import load_image
+from rewards.base import UserError
+from rewards.images.picture import load_image
 from rewards.preferences.ensemble import Ensemble
 from rewards.preferences.pairs import Pair
 from rewards.preferences.pictures import Picture
@@ -39,27 +40,27 @@ def propose(
     seed: int = 0,
     show: bool = False,
 ) -> list[Pair]:
-    """Choose pairs of pictures of one prompt.
+    """Chooses pairs of pictures of one prompt.
 
     Args:
-        pictures: to choose from.
-        num: how many; fewer when there are not enough.
-        ensemble: whose disagreement ranks the pairs; random when None.
-        known: pairs not to choose again, see `Pair.key`.
-        seed: of the random choice and of the order of equals.
-        show: whether to show a bar.
+        pictures: To choose from.
+        num: How many; fewer when there are not enough.
+        ensemble: Whose disagreement ranks the pairs; random when None.
+        known: Pairs not to choose again, see `Pair.key`.
+        seed: Of the random choice and of the order of equals.
+        show: Whether to show a bar.
 
     Returns:
         Pairs without labels, most disputed first. No picture stands in more than two of them, unless there are too few
         pictures.
 
     Raises:
-        ValueError: no prompt has two pictures that were not compared yet.
+        UserError: No prompt has two pictures that were not compared yet.
     """
     generator = random.Random(seed)
     candidates = _candidates(pictures, known, generator)
     if not candidates:
-        raise ValueError(f"none of the {len(pictures)} pictures shares its prompt with another it was not compared to")
+        raise UserError(f"none of the {len(pictures)} pictures shares its prompt with another it was not compared to")
     if ensemble is not None:
         doubt = _disagreement(candidates, ensemble, show=show).tolist()
         candidates = [pair for _, pair in sorted(zip(doubt, candidates, strict=True), key=lambda item: -item[0])]

@@ -23,7 +23,8 @@ from importlib.resources import files
 from io import BytesIO
 from typing import cast, final
 
-from rewards.picture import open_rgb
+from rewards.base import UserError
+from rewards.images.picture import open_rgb
 from rewards.preferences.labels import CHOICES, Choice, LabelSession, Progress, StaleChoice
 
 HOST = "127.0.0.1"
@@ -38,8 +39,8 @@ class LabelServer(ThreadingHTTPServer):
     """Serves a session until `shutdown`.
 
     Args:
-        session: what is labelled.
-        port: of 127.0.0.1; 0 takes a free one.
+        session: What is labelled.
+        port: Of 127.0.0.1; 0 takes a free one.
     """
 
     daemon_threads = True
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"posts are at most {_MAX_BODY} bytes")
         try:
             body = json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, f"not JSON: {error}") from error
         if not isinstance(body, dict):
             raise _Refused(HTTPStatus.BAD_REQUEST, "not a JSON object")
@@ -184,15 +185,15 @@ def describe(session: LabelSession, progress: Progress) -> dict[str, object]:
 
 
 def serve(session: LabelSession, *, port: int = 0, open_browser: bool = True) -> None:
-    """Serve a session until interrupted; says where on stdout.
+    """Serves a session until interrupted; says where on stdout.
 
     Raises:
-        ValueError: the port is taken.
+        UserError: The port is taken.
     """
     try:
         server = LabelServer(session, port=port)
     except OSError as error:
-        raise ValueError(f"cannot listen on {HOST}:{port} ({error.strerror}); choose another --port") from error
+        raise UserError(f"cannot listen on {HOST}:{port} ({error.strerror}); choose another --port") from error
     sys.stdout.write(f"labelling page: {server.address}   (Ctrl-C ends; every choice is saved at once)\n")
     sys.stdout.flush()
     if open_browser:

@@ -21,7 +21,7 @@ class Vocabulary:
     """Words and the longest caption that is read.
 
     Attributes:
-        words: in the order of their indices, from 2 on.
+        words: In the order of their indices, from 2 on.
         length: `L`; longer captions are cut.
     """
 

@@ -6,6 +6,8 @@
 # One task a GPU, started by srun itself, which passes signals on to them; torchrun would give a run 30 seconds to stop.
 # SLURM warns this script by SIGUSR1 before the time limit. The run then stops between two batches with its last whole
 # epoch saved, the job goes back into the queue under its number, and its next start resumes the same run folder.
+# So it does when a process died and the others ended with 75, if a checkpoint was written since the start: what kills a
+# run again and again at one place is not tried for ever.
 # RUNS (default: runs) must be on a file system that all nodes see. PYTHON is the interpreter (default: .venv's).
 
 set -euo pipefail
@@ -25,13 +27,18 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 export MASTER_ADDR MASTER_PORT PYTHON
 
+newest() { find "$runs/$name" -path '*/checkpoints/epoch_*' -prune 2> /dev/null | sort | tail -n 1 || true; }
+before=$(newest)
+
 warned=false
+cancelled=false
 # shellcheck disable=SC2317 # called by the trap
 pass_on() {
     warned=true
     kill -USR1 "$step"
 }
 trap pass_on USR1
+trap 'cancelled=true' TERM # scancel, which tells the tasks too
 
 # shellcheck disable=SC2016 # each task expands its own variables
 srun bash -c '
@@ -40,13 +47,14 @@ srun bash -c '
     exec "$PYTHON" -m trainers "$@"' ddpo "${arguments[@]}" &
 step=$!
 
-status=0
-wait "$step" || status=$?
-if $warned; then # the trap ended the first wait
+while true; do # a trap ends a wait
     status=0
     wait "$step" || status=$?
-fi
+    kill -0 "$step" 2> /dev/null || break
+done
 if $warned && ((status == 75 || status == 138)); then # stopped cleanly, or still loading when SIGUSR1 came
+    scontrol requeue "$SLURM_JOB_ID"
+elif ! $cancelled && ((status == 75 || status > 128)) && [[ $(newest) != "$before" ]]; then # a process was lost
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -15,14 +16,14 @@ MAY_IMPORT = {
     "ddpo": {"ddpo"},
     "rewards": {"rewards"},
     "trainers": {"trainers", "ddpo", "rewards"},
-    "scripts": {"trainers", "ddpo", "rewards"},
+    "scripts": {"scripts", "trainers", "ddpo", "rewards"},
     "benchmarks": {"benchmarks", "trainers", "ddpo", "rewards"},
     "tests": OWN,
 }
 # What the two base packages may need just to be imported.
 LIBRARIES = {
     "ddpo": {"torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL"},
-    "rewards": {"torch", "numpy", "scipy", "PIL"},
+    "rewards": {"torch", "numpy", "scipy", "PIL", "filelock"},
 }
 OPTIONAL = {
     "wandb", "tensorboard", "open_clip", "torchvision", "datasets", "rapidocr", "onnxruntime", "skimage",
@@ -72,9 +73,12 @@ def calls(path):
 
 
 def safe_loaders(path):
-    """Names of the safe YAML loader and of the file's own classes derived from it."""
+    """Names of the safe YAML loaders, in Python and in C, and of the file's own classes derived from the first."""
     classes = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)]
-    return {"yaml.SafeLoader"} | {c.name for c in classes if [ast.unparse(b) for b in c.bases] == ["yaml.SafeLoader"]}
+    in_c = "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"
+    return {"yaml.SafeLoader", in_c} | {
+        c.name for c in classes if [ast.unparse(b) for b in c.bases] == ["yaml.SafeLoader"]
+    }
 
 
 def test_there_are_files_in_every_package():
@@ -163,3 +167,16 @@ def test_constraints_pin_every_direct_dependency():
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", pin) for pin in pins)
     assert direct <= {pin.partition("==")[0].lower().replace("-", "_") for pin in pins}
+
+
+def test_everything_imports_where_unix_has_no_modules_of_its_own():
+    """As on Windows: without fcntl, resource, pwd, grp and termios. What else differs there cannot be tried here."""
+    names = [name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in SHIPPED]
+    wanted = [module for module in names if module.partition(".")[0] in ("ddpo", "rewards", "trainers")]
+    code = (
+        "import sys, importlib, torch, diffusers, transformers, accelerate, peft, trackio, PIL.Image\n"
+        "for gone in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[gone] = None\n"
+        f"for module in {wanted}: importlib.import_module(module)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

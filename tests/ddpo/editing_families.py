@@ -16,8 +16,13 @@ from tests.ddpo.more_families import character_tokenizer
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def tiny_qwen_edit(*, seed=0):
-    """Qwen-Image-Edit; it resizes every input image to a megapixel, so its VAE compresses 32 times."""
+def tiny_qwen_edit(*, seed=0, width=16):
+    """Qwen-Image-Edit; it resizes every input image to a megapixel, so its VAE compresses 32 times.
+
+    Args:
+        seed: Of the weights.
+        width: Hidden size of the text encoder.
+    """
     torch.manual_seed(seed)
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
@@ -25,7 +30,7 @@ def tiny_qwen_edit(*, seed=0):
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 16,
+            "hidden_size": width,
             "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
@@ -33,14 +38,18 @@ def tiny_qwen_edit(*, seed=0):
             "pad_token_id": 0,
             "bos_token_id": 0,
             "eos_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [width // 8, width // 16, width // 16],
+            },
         },
         vision_config={
             "depth": 1,
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_heads": 2,
-            "out_hidden_size": 16,
+            "out_hidden_size": width,
             "fullatt_block_indexes": [0],
         },
         image_token_id=numbers["<|image_pad|>"],
@@ -70,7 +79,7 @@ def tiny_qwen_edit(*, seed=0):
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
-            joint_attention_dim=16,
+            joint_attention_dim=width,
             axes_dims_rope=(4, 4, 8),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

@@ -9,8 +9,8 @@ from itertools import product
 import torch
 from diffusers import DDIMScheduler
 
-from ddpo.samplers import SamplerConfig, make_schedule, transition
-from ddpo.schedule import clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.pipeline.scheduler import clip_range, noise_grid, prediction_type, training_scheduler
+from ddpo.sampling.samplers import SamplerConfig, make_schedule, transition
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")

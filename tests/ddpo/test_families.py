@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
-from ddpo.input_images import probe_images
-from ddpo.schedule import training_scheduler
-from ddpo.tracing import recording
+from ddpo.pipeline.input_images import probe_images
+from ddpo.pipeline.scheduler import training_scheduler
+from ddpo.pipeline.tracing import recording
 from tests.ddpo.families import tiny_flux, tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import (
     tiny_cogvideox,
@@ -58,7 +58,7 @@ FAMILIES = {
     "qwen": Family(build=tiny_qwen, rule="two calls, positive first, norm preserving",
                    unused=QWEN_UNUSED),
     "qwen unguided": Family(build=tiny_qwen, rule="none", guidance=1.0, unused=QWEN_UNUSED),
-    "z-image": Family(build=tiny_z_image, rule="stacked positive first, negated"),
+    "z-image": Family(build=tiny_z_image, rule="stacked positive first, from positive, negated"),
     "z-image unguided": Family(build=tiny_z_image, rule="none, negated", guidance=0.0),
     "wan": Family(build=tiny_wan, rule="two calls, positive first", options={**SIZE, "num_frames": 5}),
     "cogvideox": Family(build=tiny_cogvideox, sampler="ddim", rule="stacked", options={**SIZE, "num_frames": 9}),
@@ -108,7 +108,7 @@ def assert_outputs_are_equal(policy, condition, steps):
     assert len(steps) == policy.schedule.num_steps == 3
     with torch.no_grad():
         for k, step in enumerate(steps):
-            time = policy.schedule.model_time[k].expand(len(condition))
+            time = policy.schedule.model_time[k].expand(len(step.sample))
             branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
             output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
             assert (output - step.model_output).abs().max() == 0, k
@@ -124,7 +124,7 @@ def test_every_model_output_and_the_image_equal_the_stock_pipelines(family):
         _, steps = run_stock(pipeline, policy, [row])
         assert_outputs_are_equal(policy, condition.index(torch.tensor([row])), steps)
     images, steps = run_stock(pipeline, policy)
-    assert_outputs_are_equal(policy, policy.denoiser.condition(PROMPTS, steps[0], policy.rule), steps)
+    assert_outputs_are_equal(policy, policy.denoiser.condition(steps[0], policy.rule), steps)
     final = rollout(policy, condition, torch.arange(2), latents=steps[0].sample).final
     torch.testing.assert_close(policy.decode_frames(final), images, rtol=0, atol=2e-5)
     torch.testing.assert_close(policy.decode(final), images[:, images.shape[1] // 2], rtol=0, atol=2e-5)

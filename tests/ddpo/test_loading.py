@@ -1,11 +1,16 @@
 """Loading a pretrained pipeline, and what is said when it cannot be."""
 
+import re
 import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ddpo import Policy, SamplerConfig, rollout
+from ddpo.loading import load_pipeline
+from ddpo.validation import FieldError
 from tests.ddpo.tools import SIZE, make_policy
 from tests.tiny import tiny_stable_diffusion
 
@@ -35,36 +40,69 @@ def test_a_saved_pipeline_loads_as_the_same_policy(saved):
 def test_a_tilde_is_the_home_folder(saved, monkeypatch):
     monkeypatch.setenv("HOME", str(saved.parent))
     assert Policy.from_pretrained(f"~/{saved.name}", sampler=SAMPLER, device="cpu").trainable()
-    with pytest.raises(FileNotFoundError, match="'~/nothing' is neither a folder nor a hub id"):
+    with pytest.raises(FieldError, match="path must be a folder, a hub id .*, got '~/nothing'"):
         Policy.from_pretrained("~/nothing", sampler=SAMPLER)
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no_such_folder", "no-such-name", "three/part/id"])
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path):
-    with pytest.raises(FileNotFoundError, match=f"model.path '{path}' is neither a folder nor a hub id"):
+    with pytest.raises(FieldError, match=f"path must be a folder, a hub id .*, got '{path}'"):
         Policy.from_pretrained(path, sampler=SAMPLER)
 
 
 def test_a_hub_model_that_cannot_be_reached_is_named():
-    with pytest.raises(FileNotFoundError, match="model.path 'nobody/no-such-model' could not be loaded: ."):
+    with pytest.raises(FieldError, match="path must be a pipeline that can be loaded .*, got 'nobody/no-such-model'"):
         Policy.from_pretrained("nobody/no-such-model", sampler=SAMPLER)
 
 
+@pytest.mark.parametrize(
+    ("cause", "offline", "said"),
+    [
+        (GatedRepoError, False, "it is gated: accept its licence"),
+        (RepositoryNotFoundError, False, "the hub has no such model, or it is private"),
+        (RevisionNotFoundError, False, "it has no revision 'v9'"),
+        (ConnectionError, False, "the hub cannot be reached: connect to the network"),
+        (ConnectionError, True, "it is not in the cache, and HF_HUB_OFFLINE forbids the network"),
+    ],
+)
+def test_a_hub_failure_says_what_to_do(monkeypatch, cause, offline, said):
+    def fail(*_, **__):
+        try:
+            raise cause.__new__(cause)
+        except cause as error:
+            raise OSError("Cannot load model: the model is not fully cached locally (...)") from error
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    with pytest.raises(FieldError, match=re.escape(said)):
+        load_pipeline("owner/name", dtype=torch.float32, revision="v9")
+
+
+def test_a_single_file_and_a_folder_of_one_variant_come_with_the_cure(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"0")
+    with pytest.raises(FieldError, match=r"single file: StableDiffusionPipeline.from_single_file\('.*x.safetensors'\)"):
+        load_pipeline(tmp_path / "x.safetensors", dtype=torch.float32)
+    tiny_stable_diffusion().save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="400KB")
+    with pytest.raises(FieldError, match=r"variant must be fp16: .*half has no other weights, got None"):
+        load_pipeline(tmp_path / "half", dtype=torch.float32)
+    assert load_pipeline(tmp_path / "half", dtype=torch.float32, variant="fp16").unet
+
+
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="without model_index.json.*save_pretrained"):
+    with pytest.raises(FieldError, match="save_pretrained has written, with model_index.json, got"):
         Policy.from_pretrained(tmp_path, sampler=SAMPLER)
 
 
 def test_a_pipeline_without_its_denoiser_is_refused(damaged):
     shutil.rmtree(damaged / "unet")
-    with pytest.raises(FileNotFoundError, match="model.path .* could not be loaded: ."):
+    with pytest.raises(FieldError, match="path must be a pipeline that can be loaded .*, got '/"):
         Policy.from_pretrained(damaged, sampler=SAMPLER)
 
 
 def test_truncated_weights_are_refused_with_the_path(damaged):
     weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(FileNotFoundError, match="model.path .* could not be loaded: ."):
+    with pytest.raises(FieldError, match="path must be a pipeline that can be loaded .*, got '/"):
         Policy.from_pretrained(damaged, sampler=SAMPLER)
 
 
@@ -73,3 +111,21 @@ def test_an_unsupported_scheduler_is_refused_before_sampling(damaged):
     config.write_text(config.read_text().replace('"thresholding": false', '"thresholding": true'))
     with pytest.raises(ValueError, match="thresholding"):
         Policy.from_pretrained(damaged, sampler=SAMPLER)
+
+
+def test_a_safety_checker_that_the_pipeline_cannot_do_without_stays(monkeypatch, tmp_path):
+    """Cosmos has no option to leave it out: with one written into its configuration it would not be a pipeline."""
+
+    class Checker(torch.nn.Module):
+        pass
+
+    class Needs(DiffusionPipeline):
+        def __init__(self, safety_checker, scheduler):
+            super().__init__()
+            self.register_modules(safety_checker=safety_checker, scheduler=scheduler)
+
+    pipeline = Needs(Checker(), DDIMScheduler())
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pipeline)
+    loaded = load_pipeline(tmp_path, dtype=torch.float32)
+    assert isinstance(loaded.components["safety_checker"], Checker)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpo import Condition, LoraConfig, Policy, SamplerConfig, UntraceableError, ragged, rollout
-from ddpo.schedule import training_scheduler
-from ddpo.tracing import recording
+from ddpo.pipeline.scheduler import training_scheduler
+from ddpo.pipeline.tracing import recording
 from tests.ddpo.more_families import tiny_qwen, tiny_z_image
 from tests.ddpo.tools import SIZE, make_policy, perturb
 
@@ -117,12 +117,15 @@ def test_embeddings_that_are_padded_at_the_front_are_refused():
         Policy(pipeline, sampler=SamplerConfig(kind="ode", num_steps=2, **SIZE))
 
 
-def test_unequal_lengths_without_a_mask_are_refused():
-    pipeline = tiny_qwen()
-    encode = pipeline.encode_prompt
-    pipeline.encode_prompt = lambda *arguments, **options: (encode(*arguments, **options)[0], None)
-    with pytest.raises(UntraceableError, match="encoder_hidden_states .*longest prompt, and 0 masks"):
-        Policy(pipeline, sampler=SamplerConfig(kind="ode", num_steps=2, **SIZE))
+def test_unequal_lengths_without_a_mask_make_calls_of_equal_lengths():
+    """Qwen-Image masks no prompt that is encoded alone: without masks its outputs are the same."""
+    masked, unmasked = make("qwen"), tiny_qwen()
+    encode = unmasked.encode_prompt
+    unmasked.encode_prompt = lambda *arguments, **options: (encode(*arguments, **options)[0], None)
+    policy = Policy(unmasked, sampler=masked.sampler, adapter=LoraConfig(rank=2))
+    assert policy.denoiser.arguments.grouped == ["encoder_hidden_states@length"]
+    ours, theirs = (rollout(each, each.encode(PROMPTS), SEEDS).latents for each in (policy, masked))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("together", [True, False])

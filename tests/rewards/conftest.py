@@ -1,6 +1,7 @@
 """Pictures to score, and a registry that forgets what a test registered."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -21,6 +22,17 @@ def prompts():
 @pytest.fixture
 def metadata():
     return [{} for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    return (tmp_path_factory.mktemp("caches") / str(number) for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, caches):
+    """What is remembered of downloads is remembered by one test alone."""
+    monkeypatch.setenv("DDPO_CACHE", str(next(caches)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Every way a reward can go wrong ends in one error that names the reward, the sample and the cure."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -51,9 +53,15 @@ def test_prompts_and_metadata_reach_the_function(images, prompts):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ([1.0, 2.0, 3.0, 4.0], r"'mine'.*torch.Tensor of shape \(4,\), got list.*torch.as_tensor"),
-        (np.zeros(4), r"got ndarray"),
-        (None, r"got NoneType"),
+        (
+            [1.0, 2.0, 3.0, 4.0],
+            r"'mine'.*torch.Tensor of shape \(4,\), got a list of 4 \(float\).*end with torch.as_tensor",
+        ),
+        (np.zeros(4), r"got ndarray.*end with torch.as_tensor\("),
+        (np.zeros((4, 2)), r"got ndarray.*one number per image"),
+        ((torch.zeros(4), {}), r"got a tuple of 2 \(Tensor, dict\).*\{'score': scores, 'other'"),
+        ((0.0 for _ in range(4)), r"got a generator.*collect what it yields"),
+        (None, r"got NoneType.*ends without a return"),
         (torch.zeros(4, dtype=torch.complex64), r"real numbers, got torch.complex64"),
         (torch.tensor(1.0), r"shape \(4,\).*got \(\).*averaged over the batch"),
         (torch.zeros(4, 1), r"got \(4, 1\).*\.flatten\(\)"),
@@ -88,6 +96,34 @@ def test_non_finite_components_are_named(images, prompts, metadata):
         returning(result)(images, prompts, metadata)
 
 
+def test_a_table_of_pandas_is_told_how_it_becomes_a_tensor(images, prompts, metadata):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"s": [0.0, 1.0, 2.0, 3.0]}, index=list("wxyz"))
+    with pytest.raises(RewardError, match=r"got DataFrame.*result\['the column with the scores'\]\.to_numpy\(\)"):
+        returning(table)(images, prompts, metadata)
+    with pytest.raises(RewardError, match=r"got Series.*result\.to_numpy\(\)"):
+        returning(table["s"])(images, prompts, metadata)
+    good = torch.as_tensor(table["s"].to_numpy().copy(), dtype=torch.float32)
+    assert returning(good)(images, prompts, metadata).total.tolist() == [0, 1, 2, 3]
+
+
+def test_a_coroutine_is_told_apart_and_is_not_reported_a_second_time_by_python(images, prompts, metadata, recwarn):
+    async def later(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(RewardError, match=r"got a coroutine.*plain def.*asyncio.run"):
+        reward_of(later)(images, prompts, metadata)
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
+@pytest.mark.parametrize("result", [[1.0, 2.0], (1, 2), np.ones(2), [torch.ones(()), 2]])
+def test_the_advice_to_end_with_as_tensor_works_where_it_is_given(result):
+    images, prompts, metadata = torch.zeros(2, 3, 2, 2), ["", ""], [{}, {}]
+    with pytest.raises(RewardError, match=r"end with torch\.as_tensor\("):
+        returning(result)(images, prompts, metadata)
+    returning(torch.as_tensor(result, dtype=torch.float32))(images, prompts, metadata)
+
+
 # ---------------------------------------------------------------------------------------------- exceptions
 
 
@@ -100,6 +136,24 @@ def test_exceptions_are_chained_and_the_failing_sample_is_named(images, prompts,
     with pytest.raises(RewardError, match=r"'mine' raised KeyError.*sample 2 \(prompt 'two crosses'\)") as caught:
         reward_of(picky)(images, prompts, metadata)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_a_reward_raised_is_said_once(images, prompts, metadata):
+    def broken(images, prompts, metadata):
+        raise OSError("no weights in /data")
+
+    with pytest.raises(RewardError, match=r"for sample 0 \(prompt 'a red circle'\)$") as caught:
+        reward_of(broken)(images, prompts, metadata)
+    assert str(caught.value).count("no weights in /data") == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "said"), [(lambda: sys.exit(3), "exit(3)"), (sys.exit, "exit()"), (lambda: sys.exit("no"), "exit('no')")]
+)
+def test_a_reward_that_exits_is_an_error_that_names_it(call, said, images, prompts, metadata):
+    with pytest.raises(RewardError) as caught:
+        reward_of(lambda x, p, m: call())(images, prompts, metadata)
+    assert f"reward 'mine' called {said}" in str(caught.value)
 
 
 def test_exceptions_of_the_batch_as_a_whole_say_so(images, prompts, metadata):
@@ -165,22 +219,22 @@ def test_one_prompt_and_metadata_per_image_is_required(images, prompts, metadata
 # ------------------------------------------------------------------------------------------ differentiable
 
 
-def test_differentiable_score_keeps_the_graph(images, prompts, metadata):
+def test_gradient_keeps_the_graph(images, prompts, metadata):
     pixels = images.clone().requires_grad_()
     reward = reward_of(lambda x, p, m: x.square().mean(dim=(1, 2, 3)), differentiable=True)
-    reward.differentiable_score(pixels, prompts, metadata).total.sum().backward()
+    reward(pixels, prompts, metadata, gradient=True).total.sum().backward()
     torch.testing.assert_close(pixels.grad, 2 * images / images[0].numel())
 
 
-def test_differentiable_score_of_an_undeclared_reward_is_refused(images, prompts, metadata):
+def test_a_gradient_of_an_undeclared_reward_is_refused(images, prompts, metadata):
     with pytest.raises(ValueError, match=r"'mine' is not differentiable.*differentiable=True"):
-        returning(torch.zeros(4)).differentiable_score(images, prompts, metadata)
+        returning(torch.zeros(4))(images, prompts, metadata, gradient=True)
 
 
 def test_a_declared_gradient_that_does_not_exist_is_an_error(images, prompts, metadata):
     liar = reward_of(lambda x, p, m: x.detach().mean(dim=(1, 2, 3)), differentiable=True)
     with pytest.raises(RewardError, match=r"declared differentiable but its score has no gradient.*detach"):
-        liar.differentiable_score(images.clone().requires_grad_(), prompts, metadata)
+        liar(images.clone().requires_grad_(), prompts, metadata, gradient=True)
 
 
 # ---------------------------------------------------------------------------------------------- properties

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from rewards import registry
-from rewards.cli import catalogue
+from rewards.tools.cli import catalogue
 from trainers.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"

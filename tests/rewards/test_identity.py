@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rewards import as_reward, loading, resolve
+from rewards import Card, as_reward, loading, resolve
 from rewards.identity import identify
 
 CODE = """
@@ -38,11 +38,50 @@ def test_the_hash_repeats_and_follows_code_and_arguments(tmp_path, monkeypatch):
     hashes = [
         hashed(tmp_path, monkeypatch, one),
         hashed(tmp_path, monkeypatch, one),
-        hashed(tmp_path, monkeypatch, one + "\n# another line\n"),
+        hashed(tmp_path, monkeypatch, one.replace("* self.gain", "* self.gain ** 2")),
         hashed(tmp_path, monkeypatch, one, {"gain": 2.0}),
     ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+def test_the_hash_ignores_words_imports_and_code_that_is_not_used(tmp_path, monkeypatch):
+    one = CODE.format(weight=1.0)
+    told = one.replace("class Net:", 'class Net:\n    """A net."""\n    # it has one layer')
+    more = f"import math\nfrom os import path\n{told}\ndef unused():\n    return {{}}\n"
+    assert hashed(tmp_path, monkeypatch, one) == hashed(tmp_path, monkeypatch, more)
+
+
+USING = """
+from rewards import register
+SCALE = {scale}
+OTHER = 1
+def half(x):
+    return x * SCALE / 2
+@register("using", description="{about}")
+def Net(images, prompts, metadata):
+    import math
+    return half(images.mean((1, 2, 3)))
+"""
+
+
+def test_the_hash_follows_what_the_function_uses_in_its_own_module(tmp_path, monkeypatch):
+    code = USING.format(scale=1, about="a")
+    variants = [code.replace("x * SCALE", "x + SCALE"), USING.format(scale=2, about="a")]
+    first = hashed(tmp_path, monkeypatch, code)
+    assert len({first, *(hashed(tmp_path, monkeypatch, variant) for variant in variants)}) == 3
+    assert hashed(tmp_path, monkeypatch, USING.format(scale=1, about="b")) == first
+    assert hashed(tmp_path, monkeypatch, code.replace("OTHER = 1", "OTHER = 2")) == first
+
+
+def test_a_reward_of_the_package_is_its_name_and_version_wherever_its_code_stands(monkeypatch):
+    brightness = resolve("brightness")
+    first = identify(brightness).hash
+    monkeypatch.setattr(brightness.function, "__module__", "rewards.elsewhere")
+    monkeypatch.setattr(brightness.function, "__qualname__", "moved")
+    assert identify(brightness).hash == first != identify(resolve("redness")).hash
+    monkeypatch.setattr("rewards.identity.card_of", lambda _: Card(version=2))
+    assert identify(brightness).hash != first
 
 
 class Holder:
@@ -78,7 +117,7 @@ def test_a_reward_made_of_others_has_their_identity_in_it(monkeypatch):
 def test_versions_and_the_place_are_noted():
     identity = identify(resolve("brightness"))
     assert identity.versions["torch"] == torch.__version__.partition("+")[0]
-    assert set(identity.to_json()) == {"name", "hash", "package_version", "versions", "where"}
+    assert set(identity.to_json()) == {"name", "hash", "form", "package_version", "versions", "where"}
     assert identity.where == "this process"
 
 

@@ -9,8 +9,19 @@ import pytest
 import torch
 
 import rewards
-from rewards import as_reward, available, register, registry, resolve
+from rewards import (
+    DescribedReward,
+    Description,
+    RewardError,
+    UserError,
+    as_reward,
+    available,
+    register,
+    registry,
+    resolve,
+)
 from rewards.loading import load_file, load_module
+from rewards.requirements import check_requirements
 
 FILE = '''
 import torch
@@ -112,7 +123,7 @@ def test_duplicate_names_name_both_sources():
 
 def test_built_in_names_cannot_be_taken_even_before_they_are_imported(monkeypatch):
     monkeypatch.setattr(registry, "_registrations", {})
-    with pytest.raises(ValueError, match=r"'brightness' is already taken by the built-in module rewards.color"):
+    with pytest.raises(ValueError, match=r"'brightness' is already taken by the built-in module rewards.builtin.color"):
 
         @register
         def brightness(images, prompts, metadata):
@@ -219,7 +230,7 @@ def test_missing_file_is_named():
 def test_file_that_fails_to_run_is_chained_and_can_be_repaired(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("1 / 0")
-    with pytest.raises(ValueError, match=r"running .*broken.py failed with ZeroDivisionError") as caught:
+    with pytest.raises(ValueError, match=r"broken.py cannot be run, it raised ZeroDivisionError") as caught:
         load_file(path)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     path.write_text("value = 1")
@@ -295,11 +306,11 @@ def test_entry_points_that_clash_or_fail_are_named(plug_ins):
     with pytest.raises(ValueError, match=r"'x' is claimed by entry point one:f and entry point two:f"):
         resolve("x")
     with pytest.raises(
-        ValueError, match=r"'brightness' is claimed by rewards.color.brightness .* and entry point other:f"
+        ValueError, match=r"'brightness' is claimed by rewards.builtin.color.brightness .* and entry point other:f"
     ):
         resolve("brightness")
     with pytest.raises(
-        ValueError, match=r"'gone': loading its entry point no_such_plugin:f failed with ModuleNotFound"
+        ValueError, match=r"'gone': its entry point no_such_plugin:f cannot be loaded, it raised ModuleNotFound"
     ):
         resolve("gone")
 
@@ -326,3 +337,101 @@ def test_as_reward_wraps_functions_and_instances():
     assert as_reward(brightness.function) == brightness
     with pytest.raises(ValueError, match="Instance is a class; construct it first"):
         as_reward(Instance)
+
+
+# ------------------------------------------------------------------------------- what others' code may do
+
+
+def written(tmp_path, code):
+    file = tmp_path / "theirs.py"
+    file.write_text(f"import sys\n{code}\n")
+    return file
+
+
+def test_a_file_that_exits_when_it_is_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"theirs.py cannot be run, it called exit\(3\)"):
+        resolve(f"{written(tmp_path, 'sys.exit(3)')}:f")
+
+
+def test_a_file_that_reads_the_command_line_sees_an_empty_one_of_its_own(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["ddpo", "train", "--rewards.0.name", "x"])
+    parser = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument({})\nargs = parser.parse_args()"
+    use = "\ndef f(images, prompts, metadata): return images.mean((1, 2, 3)) * args.gain"
+    reward = resolve(f"{written(tmp_path, parser.format(repr('--gain') + ', default=2.0') + use)}:f")
+    assert reward(torch.ones(1, 3, 2, 2), [""], [{}]).total.tolist() == [2.0]
+    assert sys.argv == ["ddpo", "train", "--rewards.0.name", "x"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"theirs.py cannot be run, it called exit\(2\)"):
+        resolve(f"{written(tmp_path / 'other', parser.format(repr('gain')) + use)}:f")
+    assert "usage: theirs.py" in capfd.readouterr().err
+
+
+def test_a_constructor_that_raises_or_exits_names_the_reward(tmp_path):
+    body = "def __init__(self, *, device):\n        {}\n    def __call__(self, images, prompts, metadata): ..."
+    code = "class {}:\n    " + body
+    file = written(tmp_path, code.format("Exits", "sys.exit('no weights')") + "\n" + code.format("Raises", "{}['x']"))
+    with pytest.raises(
+        RewardError, match=r"reward 'Exits' called exit\('no weights'\) when it was made \(.*theirs.py:2"
+    ):
+        resolve(f"{file}:Exits")
+    with pytest.raises(RewardError, match=r"reward 'Raises' raised KeyError: 'x' when it was made"):
+        resolve(f"{file}:Raises")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(images): ...", r"called as f\(images, prompts, metadata\), but it is f\(images\).*take these three"),
+        (
+            "def f(images, prompts, metadata, device): ...",
+            r"but it is f\(images, prompts, metadata, device\).*'device'",
+        ),
+        ("async def f(images, prompts, metadata): ...", r"'f' is asynchronous .*f\(images, prompts, metadata\)"),
+        ("def f(images, prompts, metadata): yield 1", r"'f' is a generator"),
+        (
+            "class f:\n    def __init__(self, *, device): ...\n    def __call__(self, images): ...",
+            r"called as f\(images, prompts, metadata\), but it is f\(images\)",
+        ),
+    ],
+)
+def test_a_signature_that_does_not_fit_is_told_before_the_reward_is_called(tmp_path, code, message):
+    with pytest.raises(UserError, match=message):
+        resolve(f"{written(tmp_path, code)}:f")
+    if not code.startswith("class"):
+        with pytest.raises(UserError, match=message):  # before a run loads its model
+            check_requirements(f"{tmp_path / 'theirs.py'}:f", {})
+
+
+def test_functions_that_take_more_by_default_are_rewards(tmp_path):
+    file = written(tmp_path, "def f(*args, **kwargs): ...\ndef g(a, b, c, d=1): ...")
+    assert resolve(f"{file}:f").name == "f" and resolve(f"{file}:g").name == "g"
+
+
+class Told(DescribedReward):
+    def __init__(self, about):
+        self._about = about
+
+    def describe(self):
+        return self._about
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+
+def test_an_object_describes_itself_and_what_it_leaves_out_stays_as_registered():
+    plain, told = as_reward(Told(Description())), as_reward(Told(Description(name="t", groupwise=True, range=(0, 2))))
+    assert (plain.name, plain.groupwise, plain.range) == ("Told", False, None)
+    assert (told.name, told.groupwise, told.range, told.differentiable) == ("t", True, (0, 2), False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Description(groupwise="yes"), "groupwise must be True, False or None, got 'yes'"),
+        (lambda: Description(range=(1, 0)), r"range must be \(low, high\), low < high, got \(1, 0\)"),
+        (lambda: as_reward(Told({"groupwise": True})), r"describe\(\) must return a rewards.Description, got dict"),
+    ],
+)
+def test_a_wrong_description_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -11,12 +11,12 @@ from rewards import Card, RewardTerm, register
 from rewards.construct import check_options
 from rewards.registry import find
 from rewards.requirements import check_requirements
-from rewards.serve import split_label, split_options
-from trainers.commands.rewards import _SERVE_EPILOG
+from rewards.serving.serve import split_label, split_options
+from trainers.cli.rewards import _SERVE_EPILOG
 from trainers.config import Config
-from trainers.config_errors import ConfigError
-from trainers.config_groups import RewardProcessConfig
-from trainers.preflight import check_reward_processes, check_rewards
+from trainers.config.errors import ConfigError
+from trainers.config.groups import RewardProcessConfig
+from trainers.planning.preflight import check_reward_processes, check_rewards
 
 
 def a_config(**term):
@@ -100,7 +100,7 @@ def test_options_are_compared_with_the_constructor_before_anything_is_made():
 
 
 def test_names_that_would_be_reported_twice_are_refused_before_anything_is_made():
-    terms = (RewardTerm(name="brightness"), RewardTerm(name="rewards.color:brightness"))
+    terms = (RewardTerm(name="brightness"), RewardTerm(name="rewards.builtin.color:brightness"))
     with pytest.raises(ConfigError, match=r"rewards: two reward terms report as 'brightness'.* a label"):
         check_rewards(Config(rewards=terms))
     check_rewards(Config(rewards=(terms[0], replace(terms[1], label="light"))))

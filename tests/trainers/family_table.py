@@ -7,6 +7,7 @@ import sys
 
 from ddpo import SamplerConfig
 from tests.ddpo.test_families import FAMILIES
+from tests.trainers.test_rare_families import RARE
 from trainers.verification.conformance import likelihood_checks, make_subject, pipeline_checks
 from trainers.verification.suite import run_checks
 
@@ -15,7 +16,7 @@ def main() -> None:
     """One row a family: the largest error of each check, in bold where one is above its tolerance."""
     table: dict[str, dict[str, float]] = {}
     failed: set[tuple[str, str]] = set()
-    for family, spec in FAMILIES.items():
+    for family, spec in {**FAMILIES, **RARE}.items():
         sampler = SamplerConfig(kind=spec.sampler, num_steps=4, guidance_scale=spec.guidance, **spec.options)
         subject = make_subject(spec.build(), sampler=sampler, precision="fp32", device="cpu", fresh=spec.build)
         print(f"{family} ...", file=sys.stderr)

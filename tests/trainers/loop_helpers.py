@@ -1,15 +1,15 @@
 """Small runs of the real trainer on a tiny random pipeline."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from trainers.checkpoint import latest_checkpoint
-from trainers.report import WALL_CLOCK
-from trainers.run import read_metrics
+from trainers.config.io import load_config, to_yaml
+from trainers.epoch.report import WALL_CLOCK
+from trainers.loop import train_from_config
+from trainers.run_folder.checkpoint import latest_checkpoint
+from trainers.run_folder.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -32,13 +32,19 @@ epochs: 3
 """
 
 
-def write_config(folder: Path, model: Path, *, guidance: float = 1.0, extra: str = "") -> Path:
-    """A configuration of a three-epoch run in `folder`, with its prompts."""
+def write_config(folder: Path, model: Path, *, guidance: float = 1.0, extra: str = "", template: str = CONFIG) -> Path:
+    """A configuration of a short run in `folder`, with its prompts; the default has three epochs."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\na dog\na bird\na fish\na horse\n")
     config = folder / "tiny.yaml"
-    config.write_text(CONFIG.format(model=model, guidance=guidance, prompts=prompts, output=folder / "runs") + extra)
+    config.write_text(template.format(model=model, guidance=guidance, prompts=prompts, output=folder / "runs") + extra)
     return config
+
+
+def start(config: Path, *overrides: str) -> Path:
+    """The folder of a run of a configuration file."""
+    loaded = load_config(config, overrides)
+    return train_from_config(loaded, config_yaml=to_yaml(loaded, full=True))
 
 
 def reproducible(run: Path) -> list[dict]:
@@ -67,13 +73,3 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def launch(*arguments: str, num_processes: int = 1) -> subprocess.CompletedProcess:
-    """Runs `python -m trainers` in one process or under torchrun."""
-    module = ["-m", "trainers", *arguments]
-    if num_processes > 1:
-        module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), *module]
-    return subprocess.run(
-        [sys.executable, *module], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )

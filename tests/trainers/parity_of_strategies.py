@@ -24,8 +24,13 @@ SETTINGS = (
     "--optimizer.learning_rate", "1e-4", "--evaluation.num_prompts", "1", "--evaluation.images_per_prompt", "3",
     "--evaluation.every_epochs", "0", "--evaluation.ode", "false", "--tracking.pictures_every_epochs", "0",
 )  # fmt: skip
-ADAPTERS = ("lora", "full")
 STRATEGIES = ("ddp", "fsdp", "zero2")
+ONE_UPDATE = ("--objective.updates_per_epoch", "1")
+CASES = (  # what is trained, in which precision, how shared, and more settings with their name
+    *((adapter, "fp32", strategy, (), "") for adapter in ("lora", "full") for strategy in STRATEGIES),
+    *((adapter, precision, "ddp", (), "") for adapter in ("lora", "full") for precision in ("bf16", "fp16")),
+    *(("lora", precision, "ddp", ONE_UPDATE, ", one update an epoch") for precision in ("fp32", "bf16", "fp16")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +85,12 @@ def compare(one: Path, other: Path, start: dict[str, torch.Tensor]) -> Parity:
     )
 
 
-def initial(config: Path, adapter: str) -> dict[str, torch.Tensor]:
+def initial(config: Path, adapter: str, *options: str) -> dict[str, torch.Tensor]:
     """The weights before training, as in a checkpoint."""
-    from trainers.config_io import load_config
-    from trainers.policies import load_policy
+    from trainers.config.io import load_config
+    from trainers.planning.policy_loading import load_policy
 
-    loaded = load_config(config, adapter_options(adapter))
+    loaded = load_config(config, [*adapter_options(adapter), *options])
     return {f"weights.{name}": value.detach() for name, value in load_policy(loaded, "cpu").trainable().items()}
 
 
@@ -98,24 +103,25 @@ def _relative(a: float, b: float) -> float:
     return 0.0 if scale < 1e-6 or math.isclose(a, b, abs_tol=1e-9) else abs(a - b) / scale
 
 
-def table(rows: Sequence[tuple[str, str, Parity]]) -> str:
+def table(rows: Sequence[tuple[str, str, str, Parity]]) -> str:
     """Parities as Markdown."""
-    lines = ["| trained | two processes | gradient norm | all logged numbers | weights | averaged weights |",
-             "|" + "---|" * 6]  # fmt: skip
-    for adapter, strategy, p in rows:
+    names = ("trained", "network in", "two processes", "gradient norm", "all logged", "weights", "averaged weights")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for trained, precision, strategy, p in rows:
         cells = (f"{value:.0e}" for value in (p.grad_norm, p.logged, p.weights, p.ema))
-        lines.append(f"| {adapter} | {strategy} | " + " | ".join(cells) + " |")
+        lines.append(f"| {trained} | {precision} | {strategy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        made, found = prepare(Path(scratch)), []
-        for adapter in ADAPTERS:
-            options = adapter_options(adapter)
-            before, single = initial(made, adapter), run(made, f"{adapter}-one", *options)
-            for strategy in STRATEGIES:
-                pair = run(made, f"{adapter}-{strategy}", *options, "--distributed.strategy", strategy, count=2)
-                found.append((adapter, strategy, compare(single, pair, before)))
+        made, found, singles = prepare(Path(scratch)), [], {}
+        for number, (trained, precision, strategy, more, named) in enumerate(CASES):
+            options = (*adapter_options(trained), "--model.precision", precision, *more)
+            if options not in singles:
+                singles[options] = run(made, f"one-{number}", *options)
+            before = initial(made, trained, "--model.precision", precision)
+            pair = run(made, f"two-{number}", *options, "--distributed.strategy", strategy, count=2)
+            found.append((trained + named, precision, strategy, compare(singles[options], pair, before)))
         print(table(found))
     sys.exit(0)

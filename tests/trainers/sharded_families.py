@@ -11,7 +11,7 @@ from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout, sample_
 def compare_sharded(families: tuple[str, ...], output: Path) -> None:
     """Writes, for each family, the largest errors of log-probabilities and gradients that splitting causes."""
     from tests.ddpo.test_families import FAMILIES
-    from trainers.processes import Processes
+    from trainers.parallel.processes import Processes
 
     processes = Processes(device="cpu")
     errors = {}
@@ -26,8 +26,8 @@ def compare_sharded(families: tuple[str, ...], output: Path) -> None:
 
 
 def _errors(policy: Policy, processes: object) -> dict[str, float]:
-    from trainers.config_groups import DistributedConfig
-    from trainers.sharding import distribute, whole
+    from trainers.config.groups import DistributedConfig
+    from trainers.parallel.sharding import distribute, whole
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import reproducible, weights, write_config
 from tests.trainers.world import all_succeed, command, in_processes
-from trainers.checkpoint import is_intact, list_checkpoints
+from trainers.run_folder.checkpoint import is_intact, list_checkpoints
 
 PHASES = ("sampling", "rewards", "training", "logging", "evaluation", "checkpointing", "first evaluation")
 GROUPS = ("weights", "optimizer", "ema")
@@ -83,21 +83,23 @@ def train_and_signal(arguments: list[str], phase: str, number: int, ranks: tuple
 
 
 def _arm(phase: str, send: Callable[[], None]) -> None:
-    import trainers.checkpoint
-    import trainers.collection
-    import trainers.evaluation
+    import trainers.epoch.binding
+    import trainers.epoch.sample
+    import trainers.evaluation.evaluator
     import trainers.loop
-    import trainers.update
+    import trainers.run_folder.checkpoint
     from rewards import WeightedSum
+    from trainers.epoch.drift import Gate
 
     entered = {
-        "sampling": (trainers.collection, "rollout", 2),
-        "rewards": (WeightedSum, "__call__", None),
-        "training": (trainers.update, "check_gate", 2),  # after its first backward passes, before an optimizer step
+        "sampling": (trainers.epoch.sample, "rollout", 2),
+        "rewards": (WeightedSum, "components", None),
+        "training": (Gate, "check", 3),  # after its first backward passes, before an optimizer step
         "logging": (trainers.loop, "_log", 2),
-        "evaluation": (trainers.evaluation, "rollout", 4),  # noisy and noise-free at the start, then at epoch 2
-        "checkpointing": (trainers.checkpoint, "save_file", 2),
-        "first evaluation": (trainers.evaluation, "rollout", 1),
+        # noisy and noise-free at the start, then at epoch 2
+        "evaluation": (trainers.evaluation.evaluator, "rollout", 4),
+        "checkpointing": (trainers.run_folder.checkpoint, "save_file", 2),
+        "first evaluation": (trainers.evaluation.evaluator, "rollout", 1),
     }
     owner, name, which = entered[phase]
     real, calls = getattr(owner, name), []
@@ -114,13 +116,13 @@ def _arm(phase: str, send: Callable[[], None]) -> None:
 
     setattr(owner, name, wrapped)
     if phase == "rewards":
-        collect = trainers.loop.collect
+        score = trainers.epoch.binding.score
 
         def counted(*positional: object, **keywords: object) -> object:
             _EPOCHS.append(1)
-            return collect(*positional, **keywords)
+            return score(*positional, **keywords)
 
-        trainers.loop.collect = counted
+        trainers.epoch.binding.score = counted
 
 
 _EPOCHS: list[int] = []
@@ -147,6 +149,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         made = prepare(Path(scratch))
         cases = [(phase, signal.SIGTERM) for phase in PHASES]
-        cases += [("training", signal.SIGUSR1), ("training", signal.SIGINT)]
+        cases += [("training", number) for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
         print(table([disturb(made, *case) for case in cases]))
     sys.exit(0)

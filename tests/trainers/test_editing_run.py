@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo.input_images import probe_images
+from ddpo.pipeline.input_images import probe_images
 from tests.ddpo.families import tiny_kontext
 from tests.tiny import tiny_stable_diffusion
 from tests.trainers.loop_helpers import CONFIG
 from trainers.cli import main
-from trainers.pictures import enlarge, side_by_side, with_inputs
 from trainers.prompts import PromptConfig, PromptError, load_prompts
-from trainers.run import read_metrics
+from trainers.run_folder.folder import read_metrics
+from trainers.tracking.pictures import enlarge, side_by_side, with_inputs
 
 REWARD = '''
 import numpy as np
@@ -72,7 +72,8 @@ def test_a_run_that_edits_trains_samples_and_evaluates_from_the_command_line(tmp
     with warnings.catch_warnings(action="error", category=UserWarning):  # such as pictures without scores
         assert main(["sample", str(run), "--prompt", "make it red", "--image", str(photo), "--num-images", "2"]) == 0
     assert "before_after.png" in capsys.readouterr().out
-    assert Image.open(run / "samples" / "001.png").size == (16, 16)
+    (picture,) = run.glob("samples/*/001.png")
+    assert Image.open(picture).size == (16, 16)
     assert main(["sample", str(run), "--prompt", "make it red"]) == 2
     assert "edits an input image, but the prompt 'make it red'" in capsys.readouterr().err
     assert main(["sample", str(run), "--prompt", "x", "--image", str(tmp_path / "none.png")]) == 2

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from ddpo import LoraConfig
-from ddpo.kl import FixedKL
+from ddpo.credit.kl import FixedKL
 from ddpo.objectives import PolicyGradientConfig
 from tests.ddpo.test_families import FAMILIES, PROMPTS, make, metadata
 from trainers.config import Config
-from trainers.config_groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
+from trainers.config.groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.loop import train
 from trainers.prompts import Prompt
-from trainers.run import read_metrics
+from trainers.run_folder.folder import read_metrics
 
 
 def brightness(images, prompts, metadata):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards.loading import load_named
 from trainers.prompts import Prompt, PromptConfig, PromptError, PromptStream, load_prompts
 
 
@@ -56,6 +57,61 @@ def test_a_line_ends_at_a_newline_alone(tmp_path):
     plain = tmp_path / "p.txt"
     plain.write_text(f"{text}\na dog\n", encoding="utf-8")
     assert [prompt.text for prompt in load(plain)] == [text, "a dog"]
+
+
+ROWS = [{"prompt": "a cat", "count": 2}, {"prompt": "a dog, at night", "count": 1}]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.parquet", "a.json", "A.JSONL"])
+def test_tables_and_lists_are_prompts_like_json_lines(tmp_path, name):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(ROWS)
+    write = {
+        "a.csv": lambda path: table.to_csv(path, index=False),
+        "a.TSV": lambda path: table.to_csv(path, index=False, sep="\t"),
+        "a.parquet": table.to_parquet,
+        "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+        "A.JSONL": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
+    }
+    write[name](tmp_path / name)
+    wanted = [Prompt(text=row["prompt"], metadata={"count": row["count"]}) for row in ROWS]
+    assert load(tmp_path / name) == wanted
+    assert refusal(tmp_path / name, column="caption").endswith("has no key 'caption'; keys: prompt, count")
+
+
+def test_a_list_of_plain_texts_in_json_and_a_text_file_in_capitals(tmp_path):
+    (tmp_path / "a.json").write_text('["a cat", "a dog"]')
+    (tmp_path / "A.TXT").write_text("a cat\na dog")
+    assert load(tmp_path / "a.json") == load(tmp_path / "A.TXT") == [Prompt(text="a cat"), Prompt(text="a dog")]
+
+
+def test_lines_that_begin_with_a_hash_and_a_blank_are_comments(tmp_path):
+    (tmp_path / "a.txt").write_text("# animals\na cat\n#\n#1 dad mug\n")
+    assert [prompt.text for prompt in load(tmp_path / "a.txt")] == ["a cat", "#1 dad mug"]
+    (tmp_path / "a.jsonl").write_text('# animals\n{"prompt": "# a cat"}\n')
+    assert [prompt.text for prompt in load(tmp_path / "a.jsonl")] == ["# a cat"]
+
+
+def test_a_relative_image_in_any_file_starts_from_that_file(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "a.json").write_text('[{"prompt": "make it snow", "image": "x.png"}]')
+    assert load(tmp_path / "a.json")[0].metadata == {"image": str(tmp_path / "x.png")}
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    """A flat picture of 10^8 pixels: 100 kB as a file, 300 MB decoded. The function hands it over unread."""
+    from PIL import Image
+
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "flat.png")
+    (tmp_path / "p.py").write_text(
+        f"from PIL import Image\nopened = Image.open({str(tmp_path / 'flat.png')!r})\n"
+        "def f():\n    return [{'prompt': 'a', 'image': opened}]\n"
+    )
+    assert "an image of 10000 x 10000 pixels is too large" in refusal(f"{tmp_path}/p.py:f")
+    opened = load_named(f"{tmp_path}/p.py:f")()[0]["image"]
+    assert opened._im is None, "no pixel was decoded"
 
 
 def test_a_function_in_a_file_is_called_with_the_split_it_takes(tmp_path):
@@ -110,6 +166,37 @@ def test_a_dataset_gives_its_column_and_its_simple_columns_as_metadata(tmp_path,
         ("a.jsonl", '{"prompt": 3}', "a.jsonl: line 1: 'prompt' must be a text that is not blank, got 3"),
         ("a.jsonl", '{"prompt": " "}', "a.jsonl: line 1: 'prompt' must be a text that is not blank, got ' '"),
         ("a.jsonl", '{"prompt": "a", "metadata": 3}', "a.jsonl: line 1: 'metadata' must be a mapping, got 3"),
+        (
+            "a.jsonl",
+            '{"prompt": "a \\ud800"}',
+            "a.jsonl: line 1: 'prompt' must be text without half of a surrogate pair, its letter 3",
+        ),
+        ("a.txt", "a cat\n\0\0", "a.txt: line 2: 'prompt' must be text without a NUL, its letter 1"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "x": ' + "[" * 100_000,
+            "a.jsonl: line 1: JSON that cannot be read: maximum recursion depth exceeded while decoding a JSON array "
+            "from a unicode string",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "x": ' + "9" * 5000 + "}",
+            "a.jsonl: line 1: JSON that cannot be read: Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "image": "https://x.org/a.png"}',
+            "a.jsonl: line 1: 'image' must be a file on this machine, got 'https://x.org/a.png'; download it first",
+        ),
+        ("a.json", '["a",\n b]', "a.json: not JSON: Expecting value at line 2, column 2"),
+        (
+            "a.json",
+            '{"prompt": "a"}',
+            'a.json: must be a list such as ["a cat", {"prompt": "a dog"}], got {"prompt": "a"}; one object a line '
+            "goes into a .jsonl file",
+        ),
+        ("a.json", '["a", 3]', "a.json: entry 1: must be a text or a dict, got int"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(tmp_path, name, content, message):
@@ -131,12 +218,27 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path):
         ("return None", "must return a list of texts or dicts, got NoneType"),
         ("return ['a', 3]", "entry 1: must be a text or a dict, got int"),
         ("return []", "has no prompts; give at least one"),
+        (
+            "import pandas; return pandas.DataFrame({'prompt': ['a']})",
+            "must return a list of texts or dicts, got DataFrame; end with .to_dict('records')",
+        ),
+        (
+            "import numpy; return numpy.array(['a'])",
+            "must return a list of texts or dicts, got ndarray; end with .tolist()",
+        ),
         ("raise KeyError('x')", "calling it failed with KeyError: 'x'"),
     ],
 )
 def test_a_function_with_a_wrong_result_is_refused(tmp_path, body, message):
     (tmp_path / "p.py").write_text(f"def f():\n    {body}\n")
     assert refusal(f"{tmp_path}/p.py:f") == f"{tmp_path}/p.py:f: {message}"
+
+
+def test_a_table_that_is_none_and_captions_without_end_are_refused(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.parquet").write_text("no parquet")
+    assert "a.parquet: cannot be read as a parquet table: " in refusal(tmp_path / "a.parquet")
+    assert refusal("shapes", limit=10**6) == "shapes: limit must be at most 131,072, got 1,000,000"
 
 
 def test_a_function_that_is_not_there_is_refused(tmp_path):

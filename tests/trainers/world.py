@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-PRELOADED = ["trainers.loop", "trainers.config_io", "trainers.preflight", "diffusers", "peft", "tests.tiny"]
+PRELOADED = ["trainers.loop", "trainers.config.io", "trainers.planning.preflight", "diffusers", "peft", "tests.tiny"]
 TIMEOUT_SECONDS = 400
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.denoiser import DTYPES, Precision
-from ddpo.input_images import IMAGE, probe_images
 from ddpo.loading import load_pipeline
+from ddpo.pipeline.decoding import without_overlays
+from ddpo.pipeline.denoiser import DTYPES, Precision
+from ddpo.pipeline.input_images import IMAGE, probe_images
+from ddpo.pipeline.scheduler import default_sampler, training_scheduler
+from ddpo.pipeline.tracing import SECOND, Step, find_network, recording
 from ddpo.policy import default_device
-from ddpo.samplers import SamplerKind, default_sampler
-from ddpo.schedule import training_scheduler
-from ddpo.tracing import Step, recording
-from trainers.policies import count_decisions
+from ddpo.sampling.samplers import SamplerKind
+from ddpo.weights.export import loads_lora
+from trainers.planning.policy_loading import count_decisions
 from trainers.verification.likelihood import (
     PROMPTS,
     RowsOf,
@@ -57,19 +59,11 @@ def check(subject: "Subject") -> int:
     return 0 if all(row.measurement.passed for row in rows) else 1
 
 
-def load_subject(
-    model: str | Path,
-    *,
-    sampler_kind: SamplerKind | None,
-    num_steps: int,
-    guidance_scale: float,
-    precision: Precision,
-    height: int | None = None,
-    width: int | None = None,
-) -> "Subject":
-    """Loads a model to be checked, and prints how it is sampled.
+@dataclass(frozen=True, kw_only=True)
+class SubjectRequest:
+    """A pipeline to be checked, and how it is sampled.
 
-    Args:
+    Attributes:
         model: Folder or hub id of a pipeline, or `shapes`.
         sampler_kind: A stochastic sampler; None takes the one that fits the model.
         num_steps: Denoising steps.
@@ -77,20 +71,34 @@ def load_subject(
         precision: Of the network.
         height: Of the images in pixels; None takes the pipeline's own.
         width: The same.
+    """
+
+    model: str | Path
+    sampler_kind: SamplerKind | None
+    num_steps: int
+    guidance_scale: float
+    precision: Precision
+    height: int | None
+    width: int | None
+
+
+def load_subject(request: SubjectRequest) -> "Subject":
+    """Loads a pipeline to be checked, and prints how it is sampled.
 
     Raises:
         UntraceableError: The pipeline cannot be a policy; the message says why.
-        ValueError: Its scheduler or the sampler does not fit.
-        FileNotFoundError: There is no such model.
+        FieldError: There is no such model, or the sampler does not fit it.
+        UserError: Its scheduler does not fit.
     """
-    pipeline = load_pipeline(model, dtype=DTYPES[precision])
-    fitting = default_sampler(pipeline.scheduler, num_steps=num_steps, guidance_scale=guidance_scale, kind=sampler_kind)
-    sampler = replace(fitting, height=height, width=width)
-    settings = f"{sampler.kind}, eta {sampler.eta:g}, {num_steps} steps, guidance {guidance_scale:g}, {precision}"
+    precision, steps, guidance = request.precision, request.num_steps, request.guidance_scale
+    pipeline = load_pipeline(request.model, dtype=DTYPES[precision])
+    fitting = default_sampler(pipeline.scheduler, num_steps=steps, guidance_scale=guidance, kind=request.sampler_kind)
+    sampler = replace(fitting, height=request.height, width=request.width)
+    settings = f"{sampler.kind}, eta {sampler.eta:g}, {steps} steps, guidance {guidance:g}, {precision}"
     print(f"{type(pipeline).__name__}: {settings}", file=sys.stderr)  # noqa: T201
     return make_subject(
         pipeline, sampler=sampler, precision=precision, device=default_device(),
-        fresh=lambda: load_pipeline(model, dtype=DTYPES[precision]),
+        fresh=lambda: load_pipeline(request.model, dtype=DTYPES[precision]),
     )  # fmt: skip
 
 
@@ -99,17 +107,16 @@ class StockRun:
     """What a stock pipeline did with the prompts.
 
     Attributes:
-        steps: Its loop.
+        loops: Its loops, one for all prompts or one for each.
         images: (B, F, 3, H, W) in [0, 1], F = 1 for images.
     """
 
-    steps: list[Step]
+    loops: list[list[Step]]
     images: Tensor
 
-    @property
-    def latents(self) -> Tensor:
-        """The initial latents, (B, *latent)."""
-        return self.steps[0].sample
+    def latents(self, k: int) -> Tensor:
+        """The latents before step k, (B, *latent)."""
+        return torch.cat([steps[k].sample for steps in self.loops])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +152,31 @@ class Subject:
         return self.run(self.policy.pipeline)
 
     def run(self, pipeline: DiffusionPipeline) -> StockRun:
-        """Runs a pipeline of the policy's kind on the prompts."""
+        """Runs a pipeline of the policy's kind on the prompts.
+
+        One by one, if it takes no more at a time, or if a picture of its own depends on the neighbours' lengths.
+        """
+        policy, count = self.policy, len(PROMPTS)
+        single = policy.call.alone or policy.denoiser.arguments.grouped
         generator = torch.Generator().manual_seed(0)
-        arguments = self.policy.call.arguments(PROMPTS, images=self.images, output_type="pt", generator=generator)
-        network = getattr(pipeline, self.policy.name)
-        with torch.no_grad(), self.policy.denoiser.autocast(), recording(pipeline, network) as steps:
-            images = pipeline(**arguments, return_dict=False)[0].float()
-        return StockRun(steps=steps, images=images if images.ndim == 5 else images[:, None])
+        network = find_network(pipeline)
+        loops, images = [], []
+        for rows in [slice(row, row + 1) for row in range(count)] if single else [slice(0, count)]:
+            own = None if self.images is None else self.images[rows]
+            arguments = policy.call.arguments(PROMPTS[rows], images=own, output_type="pt", generator=generator)
+            with (
+                torch.no_grad(), policy.denoiser.autocast(), without_overlays(pipeline),
+                recording(pipeline, network) as steps,
+            ):  # fmt: skip
+                made = pipeline(**arguments, return_dict=False)[0].float()
+            loops.append(steps)
+            images.append(made if made.ndim == 5 else made[:, None])
+        return StockRun(loops=loops, images=torch.cat(images))
 
     def ours(self, latents: Tensor) -> Trajectory:
         """Noise-free chains from the given initial latents."""
         path = self.path  # sampled with noise, should this be the first use of it
-        with self.policy.noise_free():
-            return rollout(self.policy, path.condition, path.seeds, latents=latents)
+        return rollout(self.policy.noise_free, path.condition, path.seeds, latents=latents)
 
 
 def make_subject(
@@ -172,10 +191,10 @@ def make_subject(
 
     Raises:
         UntraceableError: The pipeline cannot be a policy; the message says why.
-        ValueError: The sampler has no stochastic step.
+        UserError: The sampler has no stochastic step.
     """
     policy = Policy(pipeline, sampler=sampler, adapter=LoraConfig(rank=4), precision=precision, device=device)
-    count_decisions(policy)
+    count_decisions(policy, needed=True)
     perturb(policy)
     return Subject(policy=policy, precision=precision, fresh=fresh)
 
@@ -228,15 +247,16 @@ def trace_rows(subject: Subject) -> Iterator[Measurement]:
 def output_rows(subject: Subject) -> Iterator[Measurement]:
     """The combined model output at the stock loop's own latents, times and embeddings, which it encodes as a batch."""
     policy, error, largest = subject.policy, 0.0, 0.0
-    condition = policy.denoiser.condition(PROMPTS, subject.stock.steps[0], policy.rule)
-    for k, step in enumerate(subject.stock.steps):
-        time = policy.schedule.model_time[k].expand(len(PROMPTS))
-        with torch.no_grad():
-            branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
-            output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
-        error = max(error, float((output - step.model_output).abs().max()))
-        largest = max(largest, float(step.model_output.abs().max()))
-    yield Measurement(name=f"{len(subject.stock.steps)} steps, |output| to {largest:.2g}", exact="scheduler.step's",
+    for steps in subject.stock.loops:
+        condition = policy.denoiser.condition(steps[0], policy.rule)
+        for k, step in enumerate(steps):
+            time = policy.schedule.model_time[k].expand(len(step.sample))
+            with torch.no_grad():
+                branches = policy.denoiser.branches(step.sample, time, condition, policy.rule)
+                output = policy.rule.combine(*branches, policy.sampler.guidance_scale)
+            error = max(error, float((output - step.model_output).abs().max()))
+            largest = max(largest, float(step.model_output.abs().max()))
+    yield Measurement(name=f"{policy.schedule.num_steps} steps, |output| to {largest:.2g}", exact="scheduler.step's",
                       obtained="same to", error=error,
                       tolerance=OUTPUT_TOLERANCE[subject.precision] * max(1.0, largest))  # fmt: skip
 
@@ -244,8 +264,9 @@ def output_rows(subject: Subject) -> Iterator[Measurement]:
 def image_rows(subject: Subject) -> Iterator[Measurement]:
     """A chain of our own from the stock loop's first latents."""
     stock, name = subject.stock, type(subject.policy.pipeline).__name__
-    ours = subject.ours(stock.latents)
-    error = max(float((ours.latents[:, k] - step.sample.float()).abs().max()) for k, step in enumerate(stock.steps))
+    ours = subject.ours(stock.latents(0))
+    steps = range(subject.policy.schedule.num_steps)
+    error = max(float((ours.latents[:, k] - stock.latents(k).float()).abs().max()) for k in steps)
     scale = max(1.0, float(ours.latents.abs().max()))
     yield Measurement(name="latents before every step", exact=name, obtained="same to", error=error,
                       tolerance=10 * OUTPUT_TOLERANCE[subject.precision] * scale)  # fmt: skip
@@ -274,9 +295,12 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
     before = subject.run(pipeline).images
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        if hasattr(pipeline, "load_lora_weights"):
+        if loads_lora(pipeline, policy.name):
             loader = "load_lora_weights"
-            pipeline.load_lora_weights(folder)
+            if any(Path(folder).glob("*.safetensors")):
+                pipeline.load_lora_weights(folder)
+            if (Path(folder) / SECOND).is_dir():
+                pipeline.load_lora_weights(Path(folder) / SECOND, load_into_transformer_2=True)
         else:
             loader = "PeftModel.from_pretrained"
             network: nn.Module = getattr(pipeline, policy.name)
@@ -284,7 +308,7 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
             pipeline.register_modules(**{policy.name: adapted})
     stock = subject.run(pipeline)
     moved = float((stock.images - before).abs().max())
-    error = _pixels(subject, subject.ours(stock.latents), stock) if moved > 0 else float("nan")
+    error = _pixels(subject, subject.ours(stock.latents(0)), stock) if moved > 0 else float("nan")
     yield Measurement(name=f"pixels after {loader}, which moved them by {moved:.2g}", exact="the policy's",
                       obtained="same to", error=error, tolerance=PIXEL_TOLERANCE[subject.precision])  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpo import Condition, Gaussian, Policy, Trajectory
 from ddpo.control.checks.base import Measurement
-from ddpo.denoiser import Precision
+from ddpo.pipeline.denoiser import Precision
 
 PROMPTS = ("a red circle", "two blue squares", "a green cross", "a yellow triangle")
 RowsOf = Callable[[Policy, Trajectory], Iterator[Measurement]]
@@ -87,7 +87,9 @@ def scheduler_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
     for k, t in enumerate(scheduler.timesteps):
         x = path.latents[:, k]
         with torch.no_grad():
-            negative, positive = policy.denoiser.branches(x, t.expand(len(x)), path.condition, policy.rule)
+            negative, positive = policy.denoiser.branches(
+                x, policy.schedule.model_time[k].expand(len(x)), path.condition, policy.rule
+            )
             output = policy.rule.combine(negative, positive, policy.sampler.guidance_scale).float()
             ours = policy(k, x, path.condition).mean
         options = {"eta": policy.sampler.eta, "use_clipped_model_output": policy.schedule.consistent}
@@ -116,7 +118,7 @@ def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
     gradient = torch.autograd.grad(log_prob(every), weights)
     length = torch.cat([g.flatten() for g in gradient]).norm()
     direction = [g / length for g in gradient]
-    sizes = (1e-1, 3e-2, 1e-2)  # too small drowns in rounding, too large in curvature: the best of a few
+    sizes = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # too small drowns in rounding, too large in curvature: the best of a few
     kept = every
     if path.schedule.clip is not None:
         kept = _on_one_side(lambda: _clamped(policy, k, x, condition), weights, direction, sizes)
@@ -165,12 +167,8 @@ def _on_one_side(
 @torch.no_grad()
 def _clamped(policy: Policy, k: int, x: Tensor, condition: Condition) -> Tensor:
     """Which entries of the predicted image the schedule clamps: -1 from below, 1 from above, 0 not at all."""
-    bounded, schedule = policy(k, x, condition), policy.schedule
-    policy.schedule = replace(schedule, clip=None)
-    try:
-        return (policy(k, x, condition).mean - bounded.mean).sign()
-    finally:
-        policy.schedule = schedule
+    free = policy.at(replace(policy.schedule, clip=None))
+    return (free(k, x, condition).mean - policy(k, x, condition).mean).sign()
 
 
 def _normal(step: Gaussian) -> torch.distributions.Normal:

@@ -6,27 +6,45 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import get_args
 
 from tqdm.auto import tqdm
 
-from ddpo.control.checks.base import Check, Measurement
+from ddpo.control.checks.base import Check, Level, Measurement
+from ddpo.validation import UserError
+from rewards.tools.table import aligned
 
 MODULES = (
     "ddpo.control.checks.tabular",
     "ddpo.control.checks.lqr",
+    "ddpo.control.checks.periodic_lqr",
     "ddpo.control.checks.merton",
     "ddpo.control.checks.double_well",
     "ddpo.control.checks.generator",
     "ddpo.control.checks.policy_iteration",
     "ddpo.control.checks.model_free",
     "ddpo.control.checks.time_reversal",
+    "ddpo.control.checks.elbo",
     "ddpo.control.checks.soft_value",
     "ddpo.control.checks.score_matching",
+    "ddpo.control.checks.energy_model",
     "ddpo.control.checks.soc",
     "ddpo.control.checks.samplers",
     "ddpo.control.checks.chain",
+    "ddpo.control.checks.advantages",
+    "ddpo.control.checks.kl_response",
     "ddpo.control.checks.gradient",
+    "ddpo.control.checks.switches",
+    "ddpo.control.checks.train_guidance",
+    "ddpo.control.checks.shared_head",
+    "ddpo.control.checks.clean_sample",
+    "ddpo.control.checks.preference",
+    "ddpo.control.checks.steering",
     "trainers.verification.optimum",
+    "trainers.verification.clean_sample",
+    "trainers.verification.preference",
+    "trainers.verification.reward_gradient",
+    "trainers.verification.adjoint",
 )
 
 
@@ -59,26 +77,28 @@ def all_checks() -> tuple[Check, ...]:
     return tuple(check for module in MODULES for check in import_module(module).CHECKS)
 
 
-def select(checks: Sequence[Check], *, full: bool, only: Sequence[str] | None) -> list[Check]:
+def select(checks: Sequence[Check], *, level: Level, only: Sequence[str] | None) -> list[Check]:
     """The checks of a level and of some groups.
 
     Args:
         checks: All.
-        full: Whether the slow ones are wanted too.
+        level: The slowest that are wanted.
         only: Names of groups; None for all.
 
     Raises:
-        ValueError: There is no such group, or nothing is left.
+        UserError: There is no such group, or nothing is left.
     """
     groups = list(dict.fromkeys(check.group for check in checks))
     unknown = [name for name in only or () if name not in groups]
     if unknown:
-        raise ValueError(f"--only {','.join(unknown)}: no such group of checks; choose from {', '.join(groups)}")
+        raise UserError(f"--only {','.join(unknown)}: no such group of checks; choose from {', '.join(groups)}")
     chosen = [check for check in checks if only is None or check.group in only]
-    fast = [check for check in chosen if full or check.level == "fast"]
-    if not fast:
-        raise ValueError(f"all checks of {','.join(only or groups)} are slow ones; add --full")
-    return fast
+    levels = get_args(Level)
+    wanted = [check for check in chosen if levels.index(check.level) <= levels.index(level)]
+    if not wanted:
+        least = min((check.level for check in chosen), key=levels.index)
+        raise UserError(f"all checks of {','.join(only or groups)} are slow ones; add --{least}")
+    return wanted
 
 
 def run_checks(checks: Sequence[Check], *, announce: Callable[[int, Check], None]) -> Iterator[Row]:
@@ -133,11 +153,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for people, with a line that sums them up."""
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    text = "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)  # fmt: skip
-    return f"{text}\n\n{summary(rows)}"
+    lines = aligned([HEADER, *map(cells, rows)])
+    return "\n".join([*lines, "", summary(rows)])
 
 
 def summary(rows: Sequence[Row]) -> str:

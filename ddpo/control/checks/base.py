@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["fast", "full"]
+Level = Literal["fast", "full", "slow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Measurement:
     @property
     def passed(self) -> bool:
         """Whether the error is within the tolerance; NaN is not."""
-        return self.error <= self.tolerance
+        return bool(self.error <= self.tolerance)  # not numpy's, which JSON lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Check:
         name: Short and unique within its group, such as `riccati`.
         group: What `--only` selects, such as `lqr`.
         claim: One sentence: what is true if this passes.
-        level: `fast` runs always, `full` only when asked.
+        level: `fast` runs always, `full` and `slow` when asked; each level holds those before it.
         run: Makes the measurements, with its own fixed seeds.
     """
 

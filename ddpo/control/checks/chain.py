@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpo.control.chain import (
+from ddpo.control.checks.base import Check, Measurement
+from ddpo.control.diffusion.chain import (
     gaussian_data_chain,
     initial_value_bias,
     marginals,
@@ -13,11 +14,10 @@ from ddpo.control.chain import (
     quadratic,
     step_kls,
 )
-from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.grid_chain import GridChain, make_grid
-from ddpo.control.toy_pipeline import toy_schedule
-from ddpo.control.toy_problem import toy_problem
-from ddpo.samplers import SamplerConfig
+from ddpo.control.diffusion.grid_chain import GridChain, make_grid
+from ddpo.control.diffusion.toy_pipeline import toy_schedule
+from ddpo.control.diffusion.toy_problem import toy_problem
+from ddpo.sampling.samplers import SamplerConfig
 
 # N(1, .5^2), r = -x^2 - x, alpha = .5: KL(terminal law || p_ref exp(r/alpha)/Z) in nats, of the tilted optimum and of
 # the one with the sampler's noise, derived and computed by a separate program.

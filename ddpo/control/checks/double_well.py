@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.double_well import DoubleWell, DoubleWellReference, solve_double_well
+from ddpo.control.problems.double_well import DoubleWell, DoubleWellReference, solve_double_well
 
 _NUM_PATHS, _NUM_STEPS = 1000, 200
 _EULER_BIAS = 3e-3

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.generator import deterministic_hjb_residual, generator, hjb_residual
-from ddpo.control.improvement import maximise_hamiltonian
-from ddpo.control.lqr import StochasticLQR
-from ddpo.control.merton import Merton
-from ddpo.control.problem import ControlProblem
-from ddpo.control.simulate import closed_loop_value
+from ddpo.control.problems.lqr import StochasticLQR
+from ddpo.control.problems.merton import Merton
+from ddpo.control.problems.problem import ControlProblem
+from ddpo.control.solvers.generator import deterministic_hjb_residual, generator, hjb_residual
+from ddpo.control.solvers.improvement import maximise_hamiltonian
+from ddpo.control.solvers.simulate import closed_loop_value
 
 _SECOND_ROOT = -0.37597507691408064
 """The negative root of the scalar regulator's Riccati equation, 10 P^2 + 1.1 P - 1 = 0."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.lqr import StochasticLQR, discretised_gain, richardson
+from ddpo.control.problems.lqr import StochasticLQR, discretised_gain, richardson
 
 _ALPHA, _BETA, _Q, _R, _SIGMA, _RHO = -0.5, 1.0, 1.0, 0.1, 0.3, 0.1
 """The scalar example: drift, push, state cost, action cost, noise, discount rate."""

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.lqr import StochasticLQR, discretised_gain
-from ddpo.control.lspi import AffinePolicy, extrapolate, lspi
-from ddpo.control.networks import uniform_box
-from ddpo.control.q_learning import (
+from ddpo.control.problems.lqr import StochasticLQR, discretised_gain
+from ddpo.control.solvers.lspi import AffinePolicy, extrapolate, lspi
+from ddpo.control.solvers.networks import uniform_box
+from ddpo.control.solvers.q_learning import (
     QLearningConfig,
     QLearningResult,
     advantage_rate_target,
     one_step_target,
     q_learning,
 )
-from ddpo.control.transitions import Transitions, sample_transitions
+from ddpo.control.solvers.transitions import Transitions, sample_transitions
 
 _STATES, _ACTIONS = uniform_box(-2.0, 2.0), uniform_box(-5.0, 5.0)
 
@@ -133,7 +133,7 @@ CHECKS: tuple[Check, ...] = (
         name="LSPI",
         group="model_free",
         claim="Least-squares policy iteration has exactly the bias of its chain, which Richardson removes.",
-        level="fast",
+        level="full",
         run=_lspi,
     ),
     Check(

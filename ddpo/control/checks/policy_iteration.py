@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.evaluation import RolloutConfig
-from ddpo.control.lqr import StochasticLQR
-from ddpo.control.merton import Merton
-from ddpo.control.networks import Actor, PowerMLP, QuadraticMLP, uniform_box
-from ddpo.control.policy_iteration import PolicyIterationConfig, PolicyIterationResult, policy_iteration
-from ddpo.control.simulate import Policy, Scheme
+from ddpo.control.problems.lqr import StochasticLQR
+from ddpo.control.problems.merton import Merton
+from ddpo.control.solvers.evaluation import RolloutConfig
+from ddpo.control.solvers.networks import Actor, PowerMLP, QuadraticMLP, uniform_box
+from ddpo.control.solvers.policy_iteration import PolicyIterationConfig, PolicyIterationResult, policy_iteration
+from ddpo.control.solvers.simulate import Policy, Scheme
 
 
 def four_dimensional() -> StochasticLQR:

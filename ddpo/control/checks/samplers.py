@@ -1,8 +1,8 @@
 """Every sampler against its published step, written here as in the paper, and against diffusers' own schedulers.
 
 The left-hand sides below use each paper's own symbols and take what the network returns; ours go through
-`ddpo.samplers.make_schedule` and `transition`, which know none of them. Everything is float64, on the noise grids of
-real models: Stable Diffusion's betas in 50 steps, DDPM's in 100, flow matching with shift 3 in 28.
+`ddpo.sampling.samplers.make_schedule` and `transition`, which know none of them. Everything is float64, on the noise
+grids of real models: Stable Diffusion's betas in 50 steps, DDPM's in 100, flow matching with shift 3 in 28.
 """
 
 import math
@@ -14,9 +14,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.samplers import FLOW_ONLY, SamplerConfig, SamplerKind, epoch_schedule, make_schedule, transition
-from ddpo.schedule import PredictionType, Schedule, noise_grid, training_scheduler
-from ddpo.step_selection import StepSelection
+from ddpo.pipeline.scheduler import noise_grid, training_scheduler
+from ddpo.sampling.samplers import FLOW_ONLY, SamplerConfig, SamplerKind, epoch_schedule, make_schedule, transition
+from ddpo.sampling.schedule import PredictionType, Schedule
+from ddpo.sampling.step_selection import StepSelection
 
 ETAS = (0.3, 0.7, 1.0)
 TOLERANCE = 1e-12

@@ -6,8 +6,7 @@ from functools import cache
 import torch
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.mixture import gaussian_mixture
-from ddpo.control.score_matching import (
+from ddpo.control.diffusion.score_matching import (
     ScoreError,
     ScoreNetwork,
     kolmogorov_distance,
@@ -15,6 +14,7 @@ from ddpo.control.score_matching import (
     learn_score,
     score_error,
 )
+from ddpo.control.problems.mixture import gaussian_mixture
 
 _DATA = gaussian_mixture([0.3, 0.7], [[-3.0, 0.0], [3.0, 0.0]], [0.5, 0.7])
 _HIGH = torch.tensor([6.0, 4.0], dtype=torch.float64)

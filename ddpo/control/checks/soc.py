@@ -4,10 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ddpo.control.adjoint_matching import AffineControl, SeparableControl, adjoint_matching, adjoint_regression
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.deep_bsde import DeepBSDEProblem, RadialControl, control_cost, exact_value, monte_carlo_value
-from ddpo.control.soc_problems import (
+from ddpo.control.problems.soc_problems import (
     SOCProblem,
     control_error,
     double_well,
@@ -15,6 +13,8 @@ from ddpo.control.soc_problems import (
     quadratic_ou_easy,
     quadratic_ou_hard,
 )
+from ddpo.control.solvers.adjoint_matching import AffineControl, SeparableControl, adjoint_matching, adjoint_regression
+from ddpo.control.solvers.deep_bsde import DeepBSDEProblem, RadialControl, control_cost, exact_value, monte_carlo_value
 
 _DEEP_BSDE = 4.590161724604863
 
@@ -102,7 +102,7 @@ CHECKS: tuple[Check, ...] = (
         name="adjoint matching, wells",
         group="soc",
         claim="On the ten-dimensional double well adjoint matching takes away most of the error, not all of it.",
-        level="full",
+        level="slow",
         run=_wells,
     ),
     Check(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ddpo.control.chain import quadratic
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.soft_value import ExactSoftValue, SoftValue, hjb_residual, soft_value
+from ddpo.control.diffusion.chain import quadratic
+from ddpo.control.diffusion.soft_value import ExactSoftValue, SoftValue, hjb_residual, soft_value
 
 _ALPHAS = (0.5, 1.0, 2.0)
 _Z = 4.0

@@ -6,8 +6,8 @@ import numpy as np
 from scipy.optimize import linprog
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.shaping import shaped
-from ddpo.control.tabular import (
+from ddpo.control.problems.shaping import horizon_q_values, shaped, shaped_horizon
+from ddpo.control.solvers.tabular import (
     TabularMDP,
     Values,
     policy_iteration,
@@ -98,6 +98,27 @@ def _shaping() -> Iterator[Measurement]:
     yield Measurement(name="v' against v - Phi", exact=0.0, obtained=error, error=error, tolerance=1e-9)
 
 
+def _shaping_over_a_horizon() -> Iterator[Measurement]:
+    """A potential that depends on time and is 0 at the end, as of a denoising chain; and one that is not."""
+    rng = np.random.default_rng(0)
+    changed, error, moved = 0, 0.0, 0
+    for _ in range(_NUM_PROCESSES):
+        transition = rng.dirichlet(np.ones(4), size=(4, 3))
+        reward = rng.normal(size=(5, 4, 3))
+        potential = np.concatenate([10 * rng.normal(size=(5, 4)), np.zeros((1, 4))])
+        old = horizon_q_values(transition, reward)
+        new = horizon_q_values(transition, shaped_horizon(transition, reward, potential))
+        changed += int((old.argmax(2) != new.argmax(2)).sum())
+        error = max(error, float(np.abs(new - old + potential[:-1, :, None]).max()))
+        open_ended = reward.copy()
+        open_ended[-1] += transition @ (10 * rng.normal(size=4))  # what a potential at the end would add
+        moved += int((old.argmax(2) != horizon_q_values(transition, open_ended).argmax(2)).sum())
+    yield Measurement(name="actions changed, 5 steps", exact=0.0, obtained=changed, error=float(changed), tolerance=0.0)
+    yield Measurement(name="q' against q - Phi", exact=0.0, obtained=error, error=error, tolerance=1e-9)
+    yield Measurement(name="actions changed by a potential at the end", exact="> 0", obtained=moved,
+                      error=float(moved == 0), tolerance=0.0)  # fmt: skip
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         name="spaceship values",
@@ -126,5 +147,12 @@ CHECKS: tuple[Check, ...] = (
         claim="Potential-based shaping changes no optimal action and lowers the value by the potential.",
         level="fast",
         run=_shaping,
+    ),
+    Check(
+        name="shaping over a horizon",
+        group="tabular",
+        claim="A potential that depends on time and ends at 0, as on a denoising chain, changes no optimal action.",
+        level="fast",
+        run=_shaping_over_a_horizon,
     ),
 )

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.girsanov import PathKL, affine_path_kl, path_kl
-from ddpo.control.mixture import gaussian_mixture
-from ddpo.control.score_matching import kolmogorov_distance
-from ddpo.control.time_reversal import VESDE, VPSDE, TimeReversal, perturbed_controls, verify
+from ddpo.control.diffusion.girsanov import PathKL, affine_path_kl, path_kl
+from ddpo.control.diffusion.score_matching import kolmogorov_distance
+from ddpo.control.diffusion.time_reversal import VESDE, VPSDE, TimeReversal, perturbed_controls, verify
+from ddpo.control.problems.mixture import gaussian_mixture
 
 _LINE = gaussian_mixture([0.3, 0.7], [[-1.5], [1.0]], [0.4, 0.6])
 _PLANE = gaussian_mixture([0.3, 0.7], [[-1.5, 0.5], [1.0, -0.5]], [0.4, 0.6])

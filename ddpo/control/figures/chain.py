@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ddpo.control.chain import (
+from ddpo.control.diffusion.chain import (
     AffineChain,
     Quadratic,
     gaussian_data_chain,
@@ -19,9 +19,9 @@ from ddpo.control.chain import (
     quadratic,
     tilted_terminal,
 )
+from ddpo.control.diffusion.toy_pipeline import toy_schedule
 from ddpo.control.figures.style import BLACK, BLUE, GREEN, ORANGE, SKY, legend, new_figure, panel
-from ddpo.control.toy_pipeline import toy_schedule
-from ddpo.samplers import SamplerConfig
+from ddpo.sampling.samplers import SamplerConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ddpo.control.diffusion.time_reversal import VPSDE, Scheme, TimeReversal, Verification, perturbed_controls, verify
 from ddpo.control.figures.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, legend, new_figure, panel
-from ddpo.control.mixture import gaussian_mixture
-from ddpo.control.time_reversal import VPSDE, Scheme, TimeReversal, Verification, perturbed_controls, verify
+from ddpo.control.problems.mixture import gaussian_mixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

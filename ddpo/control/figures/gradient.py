@@ -1,7 +1,7 @@
 """The gradient check, and what it looks like when one mistake is made.
 
 The mistake is the most common one: the KL of later steps does not enter the return of an action, only the step's own KL
-is in the loss. Its advantages are those of `ddpo.advantages` for a KL of zero.
+is in the loss. Its advantages are those of `ddpo.credit.advantages` for a KL of zero.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ddpo.advantages import AdvantageConfig, AdvantageEstimator
 from ddpo.control.checks.gradient import REINFORCE
+from ddpo.control.diffusion.gradient_check import (
+    GradientComparison,
+    Paths,
+    compare_gradients,
+    draw_paths,
+    make_experience,
+    objective_gradient,
+    trained_rows,
+)
+from ddpo.control.diffusion.toy_problem import toy_problem
 from ddpo.control.figures.style import BLACK, BLUE, GREY, ORANGE, legend, new_figure, panel
-from ddpo.control.gradient_check import GradientComparison, Paths, compare_gradients, draw_paths, make_experience
-from ddpo.control.toy_problem import toy_problem
-from ddpo.objectives import policy_gradient
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,10 +54,7 @@ def gradient_comparisons(*, num_paths: int = 50_000, seed: int = 0) -> tuple[tup
 
 def _without_later_kl(paths: Paths, correct: GradientComparison) -> GradientComparison:
     """The comparison for advantages that only know the reward."""
-    weights = paths.policy.trainable()
-    parameters = [weights["head.gain"], weights["head.shift"]]
-    steps = torch.tensor(paths.policy.schedule.stochastic_steps)
-    objective, alpha = policy_gradient(REINFORCE), paths.problem.alpha
+    alpha = paths.problem.alpha
     estimates = []
     for path, scores in zip(paths.chunks, paths.scores, strict=True):
         assert path.kl is not None
@@ -58,17 +62,16 @@ def _without_later_kl(paths: Paths, correct: GradientComparison) -> GradientComp
         blind = AdvantageEstimator(_PLAIN)(
             scores,
             experience.groups,
-            path.condition.prompts,
+            [""] * len(scores),
             kl=torch.zeros_like(path.kl),
             alpha=alpha,
             num_steps=path.schedule.num_steps,
         )
-        rows = torch.arange(len(scores)).repeat_interleave(len(steps))
-        mistaken = replace(experience, advantages=blind.values)
-        (loss,) = objective(paths.policy, mistaken.transitions(rows, steps.repeat(len(scores)), share=1.0))
-        slopes = torch.autograd.grad(loss.value, parameters)
-        flat = torch.cat([slope[steps].double().flatten() for slope in slopes])
-        estimates.append(-flat * len(steps) * path.final[0].numel())  # the loss is a mean over transitions and dims
+        estimates.append(
+            objective_gradient(
+                paths.policy, replace(experience, advantages=blind.values), REINFORCE, rows=trained_rows(paths)
+            )
+        )
     stacked = torch.stack(estimates)
     return replace(correct, estimate=stacked.mean(0), standard_error=stacked.std(0) / len(stacked) ** 0.5)
 

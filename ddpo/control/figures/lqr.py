@@ -1,6 +1,7 @@
 """The regulator as neural policy iteration learns it, over its exact solution.
 
-Evaluations by collocation, improvements in closed form (`ddpo.control.policy_iteration`), on the scalar example.
+Evaluations by collocation, improvements in closed form (`ddpo.control.solvers.policy_iteration`), on the scalar
+example.
 """
 
 from typing import TYPE_CHECKING
@@ -8,11 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddpo.control.figures.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, SKY, legend, new_figure, panel
-from ddpo.control.improvement import GreedyPolicy, snapshot
-from ddpo.control.lqr import StochasticLQR
-from ddpo.control.networks import QuadraticMLP, uniform_box
-from ddpo.control.policy_iteration import Iteration, PolicyIterationConfig, PolicyIterationResult, policy_iteration
-from ddpo.control.simulate import Policy, simulate
+from ddpo.control.problems.lqr import StochasticLQR
+from ddpo.control.solvers.improvement import GreedyPolicy, snapshot
+from ddpo.control.solvers.networks import QuadraticMLP, uniform_box
+from ddpo.control.solvers.policy_iteration import (
+    Iteration,
+    PolicyIterationConfig,
+    PolicyIterationResult,
+    policy_iteration,
+)
+from ddpo.control.solvers.simulate import Policy, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

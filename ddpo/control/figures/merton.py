@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from ddpo.control.figures.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, legend, new_figure, panel
-from ddpo.control.improvement import GreedyPolicy, snapshot
-from ddpo.control.merton import Merton
-from ddpo.control.networks import PowerMLP, uniform_box
-from ddpo.control.policy_iteration import Iteration, PolicyIterationConfig, PolicyIterationResult, policy_iteration
-from ddpo.control.simulate import Policy, simulate
+from ddpo.control.problems.merton import Merton
+from ddpo.control.solvers.improvement import GreedyPolicy, snapshot
+from ddpo.control.solvers.networks import PowerMLP, uniform_box
+from ddpo.control.solvers.policy_iteration import (
+    Iteration,
+    PolicyIterationConfig,
+    PolicyIterationResult,
+    policy_iteration,
+)
+from ddpo.control.solvers.simulate import Policy, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +29,7 @@ _LOW, _HIGH = 0.25, 4.0
 
 
 def merton_figure(*, seed: int = 0) -> "Figure":
-    """Controls and value over wealth, wealth paths, and convergence; about 5 seconds."""
+    """Controls and value over wealth, wealth paths with what they earn, and convergence; about 5 seconds."""
     problem, rng = Merton(), torch.Generator().manual_seed(seed)
     value = PowerMLP(sign=-1, generator=rng)
     policies: list[Policy] = []
@@ -47,12 +52,12 @@ def merton_figure(*, seed: int = 0) -> "Figure":
         generator=rng,
         on_iteration=keep,
     )
-    figure = new_figure(5.0)
-    axes = figure.subplots(2, 3)
-    _controls(axes[0, 0], axes[0, 1], problem, policies)
-    _value(axes[0, 2], problem, result)
-    _paths(axes[1, 0], problem, result.policy, seed)
-    _convergence(axes[1, 1], axes[1, 2], problem, result, policies)
+    figure = new_figure(5.0, width=10.0)
+    axes = figure.subplot_mosaic([list("ppppccccvvvv"), list("wwwuuueeejjj")])
+    _controls(axes["p"], axes["c"], problem, policies)
+    _value(axes["v"], problem, result)
+    _paths(axes["w"], axes["u"], problem, result.policy, seed)
+    _convergence(axes["e"], axes["j"], problem, result, policies)
     return figure
 
 
@@ -99,8 +104,8 @@ def _value(axes: "Axes", problem: Merton, result: PolicyIterationResult) -> None
     legend(axes, "lower right")
 
 
-def _paths(axes: "Axes", problem: Merton, learned: Policy, seed: int) -> None:
-    """Three paths of wealth; every policy meets the same market."""
+def _paths(wealth: "Axes", utility: "Axes", problem: Merton, learned: Policy, seed: int) -> None:
+    """Three paths of wealth and their discounted utility up to each time; every policy meets the same market."""
     best = problem.solution()
     start = torch.ones(3, 1, dtype=torch.float64)
 
@@ -116,9 +121,14 @@ def _paths(axes: "Axes", problem: Merton, learned: Policy, seed: int) -> None:
         rng = torch.Generator().manual_seed(seed + 1)
         paths = simulate(problem, policy, start, dt=0.25, num_steps=120, generator=rng, scheme="log_euler")
         for b in range(3):
-            axes.plot(paths.times, paths.states[:, b, 0], label=name if b == 0 else None, **look)
-    panel(axes, "Wealth from 1, same market", "years", "wealth")
-    legend(axes, "upper left")
+            wealth.plot(paths.times, paths.states[:, b, 0], label=name if b == 0 else None, **look)
+            utility.plot(paths.times, paths.cumulative[:, b], **look)
+    value = float(problem.value(start[:1]))
+    utility.axhline(value, color=BLACK, linestyle=":", linewidth=1.0, label="V(1), over all time")
+    panel(wealth, "Wealth from 1, same market", "years", "wealth")
+    panel(utility, "What these paths earn", "years", "discounted utility up to t")
+    legend(wealth, "upper left")
+    legend(utility, "upper right")
 
 
 def _convergence(
@@ -141,8 +151,8 @@ def _convergence(
     panel(errors, "Convergence", "iteration", "relative error")
     legend(errors, "upper right")
     middle = controls[:, len(x) // 2]
-    earned = [-problem.policy_value(float(pi), float(k)) for pi, k in middle]
-    objective.axhline(-best.scale, color=BLACK, linewidth=3.5, alpha=0.35, label="optimum")
+    earned = [problem.policy_value(float(pi), float(k)) for pi, k in middle]
+    objective.axhline(best.scale / (1 - problem.risk_aversion), color=BLACK, linewidth=3.5, alpha=0.35, label="optimum")
     objective.plot(steps, earned, "o--", color=BLUE, markersize=3, label="policy after the iteration")
     panel(objective, "Exact J from wealth 1", "iteration", "J, utility")
     legend(objective, "lower right")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddpo.control.chain import AffineChain, Quadratic, objective, optimum, relative_gap
+from ddpo.control.diffusion.chain import AffineChain, Quadratic, objective, optimum, relative_gap
+from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem
 from ddpo.control.figures.gradient import draw_errors, gradient_comparisons
 from ddpo.control.figures.style import AMBER, BLACK, BLUE, GREEN, ORANGE, PURPLE, legend, new_figure, panel
-from ddpo.control.toy_problem import ToyProblem, toy_problem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

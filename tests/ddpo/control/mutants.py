@@ -12,13 +12,20 @@ from unittest.mock import patch
 
 import torch
 
-import ddpo.advantages as advantages_module
-from ddpo.advantages import AdvantageConfig, AdvantageEstimator
-from ddpo.control.chain import AffineChain, marginals, objective, optimum, relative_gap
+import ddpo.credit.advantages as advantages_module
 from ddpo.control.checks.gradient import REINFORCE
-from ddpo.control.gradient_check import GradientComparison, Paths, compare_gradients, draw_paths
-from ddpo.control.toy_problem import ToyProblem, toy_problem
+from ddpo.control.diffusion.chain import AffineChain, marginals, objective, optimum, relative_gap
+from ddpo.control.diffusion.gradient_check import (
+    GradientComparison,
+    Paths,
+    compare_gradients,
+    draw_paths,
+    pathwise_gradients,
+)
+from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem, truncated
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
 from ddpo.objectives import PolicyGradientConfig
+from ddpo.objectives.reward_gradient import RewardGradientConfig
 
 Z_BAR = 4.0
 objective_module = sys.modules["ddpo.objectives.policy_gradient"]  # the package exports a function of that name
@@ -32,19 +39,21 @@ class Mutant:
     Attributes:
         name: What is wrong.
         seen_in: Where it is known from.
-        patches: The mistake in our code: target and what takes its place; None where the code has no such place.
+        patches: The mistake in our code: target and what takes its place.
         converged: The chain that training with the mistake converges to; None where it does not change that.
         objective: The objective whose gradient is checked.
         advantages: The advantages.
+        pathwise: Whether it is a mistake of the reward's gradient by the chain rule, not of a likelihood ratio.
         check: The check of `ddpo verify` that flags it.
     """
 
     name: str
     seen_in: str
-    patches: Callable[[], list] | None
+    patches: Callable[[], list]
     converged: Callable[[ToyProblem], AffineChain] | None = None
-    objective: PolicyGradientConfig = REINFORCE
+    objective: PolicyGradientConfig | RewardGradientConfig = REINFORCE
     advantages: AdvantageConfig = PLAIN
+    pathwise: bool = False
     check: str = "gradient"
 
 
@@ -57,8 +66,8 @@ def scaled_alpha(factor):
     def patches():
         real = AdvantageEstimator.__call__
 
-        def call(self, scores, groups, prompts, *, kl, alpha, num_steps):
-            return real(self, scores, groups, prompts, kl=kl, alpha=alpha * factor(alpha), num_steps=num_steps)
+        def call(self, scores, groups, prompts, *, alpha, **options):
+            return real(self, scores, groups, prompts, alpha=alpha * factor(alpha), **options)
 
         return [patch.object(AdvantageEstimator, "__call__", call)]
 
@@ -83,18 +92,18 @@ def unscaled_kl():
     """Rewards are divided by their std, the KL is not, and only its direct part is there."""
     real = AdvantageEstimator.__call__
 
-    def call(self, scores, groups, prompts, *, kl, alpha, num_steps):
-        found = real(self, scores, groups, prompts, kl=torch.zeros_like(kl), alpha=alpha, num_steps=num_steps)
+    def call(self, scores, groups, prompts, *, kl, alpha, **options):
+        found = real(self, scores, groups, prompts, kl=torch.zeros_like(kl), alpha=alpha, **options)
         return replace(found, kl_weight=torch.full((len(scores),), alpha))
 
     return [patch.object(AdvantageEstimator, "__call__", call)]
 
 
 def baseline_includes_itself():
-    def centered(values, groups):
+    def centered(values, groups, twins=None):
         _, member, count = torch.unique(groups, return_inverse=True, return_counts=True)
         size = count[member].to(values).reshape(-1, *[1] * (values.ndim - 1))
-        return values - advantages_module._group_sum(values, groups) / size
+        return values - advantages_module.group_sum(values, groups) / size
 
     return [patch.object(advantages_module, "leave_one_out", centered)]
 
@@ -143,19 +152,9 @@ def divided_by_its_own_std(problem):
     return chain
 
 
-def truncated(num_steps):
+def last_steps(count):
     """The reward's gradient reaches the last steps only (DRaFT-K); the others stay pretrained."""
-
-    def converged(problem):
-        best, reference = problem.optimum.chain, problem.reference
-        keep = torch.arange(reference.num_steps) < reference.num_steps - num_steps
-        return replace(
-            reference,
-            F=torch.where(keep[:, None, None], reference.F, best.F),
-            g=torch.where(keep[:, None], reference.g, best.g),
-        )
-
-    return converged
+    return lambda problem: truncated(problem, count)
 
 
 MUTANTS = (
@@ -176,17 +175,16 @@ MUTANTS = (
            converged=with_alpha(lambda alpha: 8 / 7),
            advantages=AdvantageConfig(baseline="group", scale="none", clip=None)),
     Mutant(name="half the ratio", seen_in="log-prob over 2", patches=half_ratio),
-    Mutant(name="reward gradient through the last 5 of 10 steps", seen_in="DRaFT-K", patches=None,
-           converged=truncated(5), check="trainer"),
-    Mutant(name="reward gradient through the last step", seen_in="DRaFT-1", patches=None, converged=truncated(1),
-           check="trainer"),
+    Mutant(name="reward gradient through the last 5 of 10 steps", seen_in="DRaFT-K", pathwise=True,
+           patches=list, objective=RewardGradientConfig(last_steps=5), converged=last_steps(5)),
+    Mutant(name="reward gradient through the last step", seen_in="DRaFT-1", pathwise=True,
+           patches=list, objective=RewardGradientConfig(last_steps=1), converged=last_steps(1)),
 )  # fmt: skip
 
 
 @contextmanager
 def applied(mutant: Mutant):
     """Our code with the mistake."""
-    assert mutant.patches is not None
     with ExitStack() as stack:
         for change in mutant.patches():
             stack.enter_context(change)
@@ -205,6 +203,8 @@ def exact_gap(mutant: Mutant, problem: ToyProblem) -> float | None:
 def gradient_of(mutant: Mutant, paths: Paths) -> GradientComparison:
     """The gradient check of the mutated code."""
     with applied(mutant):
+        if mutant.pathwise:
+            return pathwise_gradients(paths, mutant.objective)
         return compare_gradients(paths, mutant.objective, mutant.advantages)
 
 
@@ -218,12 +218,11 @@ def main() -> None:
             print(f"{'(none)':<48}{0:>18.1e}{0:>16.1e}{found.rms_z:>16.2f}{found.max_z:>7.1f}")
             continue
         gaps = [exact_gap(mutant, toy_problem(kind=kind)) for kind in ("quadratic", "linear")]
-        found = gradient_of(mutant, paths) if mutant.patches is not None else None
+        found = gradient_of(mutant, paths)
         text = "".join(
             f"{'' if gap is None else f'{gap:.1e}':>{width}}" for gap, width in zip(gaps, (18, 16), strict=True)
         )
-        z = f"{'':>23}" if found is None else f"{found.rms_z:>16.2f}{found.max_z:>7.1f}"
-        print(f"{mutant.name:<48}{text}{z}  {mutant.check}")
+        print(f"{mutant.name:<48}{text}{found.rms_z:>16.2f}{found.max_z:>7.1f}  {mutant.check}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Diffusions whose laws are known exactly: denoising chains on Gaussian and mixture data, time reversal, Girsanov."""

@@ -1,0 +1,1 @@
+"""Control problems with a known answer, one a file."""

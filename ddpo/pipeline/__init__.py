@@ -1,0 +1,1 @@
+"""A stock diffusers pipeline, understood: traced, called, encoded and decoded with, without an adapter for each."""

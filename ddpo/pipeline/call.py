@@ -1,0 +1,168 @@
+"""What a stock pipeline's `__call__` is given: prompts or a batch size, guidance, sizes.
+
+Pipelines differ in the names of the same few things; they are read from the signature once, when the policy is made.
+
+    prompts    `prompt`; `batch_size` for an unconditional pipeline, whose prompts are counted and otherwise ignored
+    guidance   `guidance_scale`; `true_cfg_scale` with negative prompts where `guidance_scale` is only the input of
+               guidance-distilled weights and is left out by default (Qwen-Image)
+    images     `image`, one a prompt, of a pipeline that edits (FLUX Kontext, Qwen-Image-Edit)
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from PIL.Image import Image
+
+from ddpo.pipeline.foreign_inputs import check_inputs
+from ddpo.pipeline.input_images import DEFAULT_SIDE, IMAGE
+from ddpo.pipeline.tracing import UntraceableError
+from ddpo.sampling.samplers import SamplerConfig
+from ddpo.validation import FieldError
+
+BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
+Batch = Literal["any", "one", "scalar"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCall:
+    """How to call one pipeline.
+
+    Attributes:
+        prompts: The parameter that says how many images: `prompt` or `batch_size`.
+        guidance: The parameter of the guidance scale; None for a pipeline without.
+        num_steps: Denoising steps.
+        guidance_scale: Guidance as the pipeline defines it.
+        fixed: Arguments that are always the same, such as height and width.
+        image_size: (width, height) of the input image that belongs to every prompt, in pixels; None for a pipeline
+            from prompts alone.
+        no_images: Why there are no input images, for messages; empty with them.
+        batch: Whether it takes any number of prompts, a list of one, or one that is in no list; images alike.
+        negative: Whether it needs a negative prompt to guide.
+    """
+
+    prompts: str
+    guidance: str | None
+    num_steps: int
+    guidance_scale: float
+    fixed: Mapping[str, object]
+    image_size: tuple[int, int] | None = None
+    no_images: str = ""
+    batch: Batch = "any"
+    negative: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it takes one prompt at a time."""
+        return self.batch != "any"
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        *,
+        output_type: str,
+        images: Sequence[Image] | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> dict[str, object]:
+        """Keyword arguments of `pipeline.__call__`.
+
+        Args:
+            prompts: B texts.
+            output_type: `latent` for final latents, `pt` for images in [0, 1].
+            images: B input images of `image_size`; with an `image_size` only, and needed there.
+            generator: Of the initial latents.
+            num_steps: Default as configured.
+            guidance_scale: Default as configured.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        given: dict[str, object] = {
+            "num_inference_steps": self.num_steps if num_steps is None else num_steps,
+            "output_type": output_type,
+            **self.fixed,
+        }
+        assert (images is None) == (self.image_size is None), "one image a prompt, or none"
+        assert not self.alone or len(prompts) == 1, "one prompt at a time"
+        each: dict[str, list[object]] = {"prompt": list(prompts)} if self.prompts == "prompt" else {}
+        if images is not None:
+            each[IMAGE] = list(images)
+        if scale > 1 and (self.negative or self.guidance == "true_cfg_scale"):
+            each["negative_prompt"] = [BLANK] * len(prompts)
+        given.update({name: values[0] if self.batch == "scalar" else values for name, values in each.items()})
+        if self.prompts == "batch_size":
+            given["batch_size"] = len(prompts)
+        if self.guidance is not None:
+            given[self.guidance] = scale
+        if generator is not None:
+            given["generator"] = generator
+        return given
+
+
+def read_call(
+    pipeline: DiffusionPipeline, denoiser: ModelMixin, sampler: SamplerConfig, *, no_images: str = ""
+) -> PipelineCall:
+    """Reads how a pipeline is called from its signature.
+
+    Args:
+        pipeline: The stock pipeline.
+        denoiser: Its denoiser.
+        sampler: Steps, guidance and sizes.
+        no_images: Why a pipeline that takes an `image` is to be called without; empty to give it one a prompt.
+
+    Raises:
+        UntraceableError: It takes neither prompts nor a batch size, or needs a mask or a noised image.
+        UserError: The sampler sets something that the pipeline does not take.
+    """
+    name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    check_inputs(pipeline, denoiser, parameters)
+    prompts = next((option for option in ("prompt", "batch_size") if option in parameters), None)
+    if prompts is None:
+        raise UntraceableError(f"{name} takes neither prompt nor batch_size; a policy needs one to say how many images")
+    fixed = {
+        option: value
+        for option, value in (
+            ("height", sampler.height), ("width", sampler.width), ("num_frames", sampler.num_frames),
+            ("guidance_rescale", sampler.guidance_rescale or None),
+        )
+        if value is not None
+    }  # fmt: skip
+    refused = [option for option in fixed if option not in parameters]
+    if refused:
+        option = refused[0]
+        raise FieldError(f"sampler.{option}", fixed[option], f"left out with {name}, which takes no {option}")
+    if "use_resolution_binning" in parameters and {"height", "width"} <= set(fixed):
+        fixed["use_resolution_binning"] = False  # else a size that was asked for becomes the nearest of a table
+    call = PipelineCall(
+        prompts=prompts,
+        guidance=_guidance(parameters, denoiser),
+        num_steps=sampler.num_steps,
+        guidance_scale=sampler.guidance_scale,
+        fixed=fixed,
+        no_images=no_images or f"{name} takes no image",
+    )
+    return _with_images(call, parameters) if IMAGE in parameters and not no_images else call
+
+
+def _with_images(call: PipelineCall, parameters: Mapping[str, inspect.Parameter]) -> PipelineCall:
+    """The call with an input image of the size of the pictures for every prompt."""
+    size = {side: call.fixed.get(side, DEFAULT_SIDE) for side in ("height", "width")}
+    width, height = size["width"], size["height"]
+    assert isinstance(width, int) and isinstance(height, int)
+    fixed = {**call.fixed, **{side: pixels for side, pixels in size.items() if side in parameters}}
+    if "max_area" in parameters:
+        fixed["max_area"] = width * height  # else a size that was asked for becomes another of a megapixel
+    if "_auto_resize" in parameters and size != dict.fromkeys(size, DEFAULT_SIDE):
+        fixed["_auto_resize"] = False  # the same for the input image
+    return replace(call, fixed=fixed, image_size=(width, height), no_images="")
+
+
+def _guidance(parameters: Mapping[str, inspect.Parameter], denoiser: ModelMixin) -> str | None:
+    scale = parameters.get("guidance_scale")
+    optional = scale is None or scale.default is None
+    if "true_cfg_scale" in parameters and optional and not denoiser.config.get("guidance_embeds", False):
+        return "true_cfg_scale"
+    return None if scale is None else "guidance_scale"

@@ -1,0 +1,1 @@
+"""The catalogue, one scorer a file."""

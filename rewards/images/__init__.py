@@ -1,0 +1,1 @@
+"""Images as rewards take them: preprocessing, encoding, decoding."""

@@ -1,0 +1,1 @@
+"""Networks and readers that several rewards share, and where their weights come from."""

@@ -1,0 +1,48 @@
+"""What is looked at first in the dashboard and in curves.png, and what log files show of a long epoch."""
+
+import re
+
+import pytest
+
+from trainers.tracking import progress
+from trainers.tracking.first_look import ORDER, drawn, metric_key
+from trainers.tracking.progress import Progress
+
+
+def test_reward_evaluation_heldout_kl_diversity_and_clipping_are_drawn_first():
+    known = [
+        "epoch", "optimizer/grad_norm", "policy/clip_fraction", "kl/path_nats", "kl/path_nats_se", "eval/heldout/b",
+        "eval/heldout/a_se", "reward/mean", "eval/diversity", "eval/heldout/a", "eval/reward", "per_step/kl_nats",
+    ]  # fmt: skip
+    assert drawn(known) == [
+        "reward/mean", "eval/reward", "eval/heldout/b", "eval/heldout/a", "kl/path_nats", "eval/diversity",
+        "policy/clip_fraction", "optimizer/grad_norm",
+    ]  # fmt: skip
+    assert ORDER[-1] == "per_step/*"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("kl (nats)", "kl_nats"), ("kl, full noise (nats)", "kl_full_noise_nats"), ("ode/a.b-c", "ode/a.b-c")],
+)
+def test_keys_of_trackers_have_no_blanks(name, key):
+    assert metric_key(name) == key
+    assert not re.search(r"\s", metric_key(name))
+
+
+def test_a_log_file_tells_now_and_then_how_far_an_epoch_is(monkeypatch, capsys):
+    now = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    items = list(range(8))
+    assert list(Progress(enabled=True).track(items, "sampling")) == items
+    told = re.findall(r"sampling: (\d+) of 8 done", capsys.readouterr().err)
+    assert 1 <= len(told) < 8
+    assert list(Progress(enabled=False).track(items, "sampling")) == items
+    assert "sampling" not in capsys.readouterr().err
+
+
+def test_the_bar_over_epochs_says_what_is_left_of_a_time_limit():
+    bar = Progress(enabled=True).epochs(0, 10, timed=True)
+    Progress(enabled=True).note_time(bar, 1.25, 3.0)
+    assert bar.postfix == "1.25 of 3 min, 1.8 left"
+    bar.close()

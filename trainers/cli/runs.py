@@ -1,0 +1,204 @@
+"""`ddpo runs`, `doctor`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+from trainers.cli.arguments import add_accept, as_given, existing, positive, run_folder
+from trainers.cli.parser import Parser, command
+from trainers.parallel.launcher import is_main_process
+
+
+def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Adds the subcommands."""
+    _add_runs(commands)
+    _add_doctor(commands)
+    _add_sample(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_pareto(commands)
+    _add_dashboard(commands)
+
+
+def _add_runs(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = command(commands, "runs", _runs, "the runs of a folder: state, epochs, reward, KL, minutes, size")
+    parser.add_argument("folder", type=existing, nargs="?", default=Path("runs"), metavar="FOLDER",
+                        help="folder of runs, or one run (default %(default)s)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = command(commands, "doctor", _doctor, "what happened in a run: why it is flat or broke, what to change")
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder, finished or running")
+
+
+_SAMPLE_EPILOG = """\
+The sampler is the evaluation's (evaluation.sampler: steps, size, guidance, noise), so that a prompt of the evaluation
+set has the same pictures, bit for bit, as in the evaluation of those weights; --sampler rollout takes training's.
+Where files of the run lie elsewhere now, name them as in training: --model.path FOLDER, --rewards.0.name FILE.py:NAME.
+"""
+
+
+_ACCEPT_HELP = "take another pretrained model than the run was trained with"
+
+
+def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "pictures of the pretrained and the tuned pipeline, side by side"
+    parser = command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG)
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", required=True, metavar="TEXT", help="repeat for several"
+    )
+    parser.add_argument(
+        "--image",
+        dest="images",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="input image, for a model that edits: one for all prompts, or one for each",
+    )
+    parser.add_argument("--seed", type=int, help="noise seed (default: the evaluation's)")
+    parser.add_argument(
+        "--sampler",
+        choices=("evaluation", "rollout"),
+        default="evaluation",
+        help="sample as evaluations do (default) or as training does",
+    )
+    parser.add_argument("--num-images", type=positive, default=4, help="images per prompt (default 4)")
+    parser.add_argument("--output", type=Path, help="folder to make (default: a new one in RUN/samples)")
+    add_accept(parser, "model", about=_ACCEPT_HELP)
+    parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = command(commands, "evaluate", _evaluate, "rewards, KL and diversity on fixed prompts and seeds")
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder")
+    parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: in the run folder)")
+    add_accept(parser, "model", about=_ACCEPT_HELP)
+
+
+_EXPORT_EPILOG = """\
+  diffusers   pipe.load_lora_weights(FOLDER), or the networks that were trained whole
+  peft        peft.PeftModel.from_pretrained(network, FOLDER)
+  kohya       one file, the names of kohya's scripts: A1111, Forge, ComfyUI (Stable Diffusion, SDXL, SD3, FLUX.1)
+  comfyui     one file for ComfyUI's folder loras
+  merged      a pipeline of its own: DiffusionPipeline.from_pretrained(FOLDER), also for model.path of a further run
+
+The LoRA's scale is in its weights, so alpha is the rank in every file. All weights: diffusers or merged.
+"""
+
+
+def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "write a run's weights in the format of another tool"
+    parser = command(commands, "export", _export, about, epilog=_EXPORT_EPILOG)
+    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder")
+    formats = ("diffusers", "peft", "kohya", "comfyui", "merged")
+    parser.add_argument("--format", choices=formats, required=True, help=f"one of {', '.join(formats)}")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the file (default fp32)")
+    parser.add_argument("--epoch", type=positive, metavar="N", help="checkpoint (default: what the run exported)")
+    parser.add_argument("--output", type=Path, help="file or folder to make (default: in RUN/exports)")
+    add_accept(parser, "model", about=_ACCEPT_HELP)
+
+
+_PARETO_EPILOG = """\
+Reads the evaluations of finished or running runs. More is better in every measure but kl.
+
+  ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
+  ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
+
+With --sweep, any --key value of a configuration goes to every run. Runs that are finished already are kept, others go
+on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves the run at work.
+"""
+
+
+def _add_pareto(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "the runs that no other one beats in two measures: table, JSON, figure"
+    parser = command(commands, "pareto", _pareto, about, epilog=_PARETO_EPILOG)
+    parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help="run folders")
+    parser.add_argument("--x", metavar="MEASURE", help="horizontal axis, e.g. shapes or kl (default: first reward)")
+    parser.add_argument("--y", metavar="MEASURE", help="vertical axis (default: second reward, or first held-out one)")
+    parser.add_argument("--out", type=Path, default=Path("pareto.png"), help="picture (default %(default)s)")
+    parser.add_argument("--sweep", metavar="CONFIG", help="train this configuration once for each of --weights")
+    parser.add_argument("--weights", metavar="NAME=0,1,5", help="with --sweep: a reward and its weights")
+
+
+def _add_dashboard(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = command(commands, "dashboard", _dashboard, "open the local page with all runs")
+    parser.add_argument(
+        "run", type=run_folder, nargs="?", metavar="RUN", help="run folder (default: all projects of ./runs)"
+    )
+    parser.add_argument("--port", type=int, help="port of the page (default: a free one)")
+    parser.add_argument("--no-browser", dest="open_browser", action="store_false", help="print the address only")
+
+
+def _runs(options: argparse.Namespace, _: list[str]) -> None:
+    from dataclasses import asdict
+
+    from trainers.run_folder.listing import as_table, list_runs
+
+    runs = list_runs(options.folder)
+    if options.json:
+        print(json.dumps([asdict(run) for run in runs], indent=1))
+    else:
+        print(as_table(runs) if runs else f"there are no runs in {options.folder}")
+
+
+def _doctor(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.diagnosis.doctor import describe, examine
+
+    print(describe(examine(options.run)))
+
+
+def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
+    _check_output(options, default=options.run / "samples")
+    from trainers.analysis.samples import SampleRequest, sample_run
+
+    print(sample_run(options.run, as_given(SampleRequest, options), overrides=overrides))
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    _check_output(options, default=options.run)
+    from trainers.analysis.comparison import evaluate_run
+
+    folder = evaluate_run(
+        options.run, checkpoint=options.checkpoint, output=options.output, accept=options.accept, overrides=overrides
+    )
+    if is_main_process():
+        print(folder)
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> None:
+    from trainers.analysis.conversion import Conversion, convert
+
+    print(convert(options.run, as_given(Conversion, options), overrides=overrides))
+
+
+def _check_output(options: argparse.Namespace, *, default: Path) -> None:
+    """Refuses a folder that cannot be written before pictures are made.
+
+    Args:
+        options: The command's.
+        default: Where pictures go without `--output`.
+    """
+    from trainers.run_folder.writable import check_folder
+
+    check_folder("--output", options.output or default)
+
+
+def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
+    from ddpo.validation import UserError
+    from trainers.analysis.pareto import check_picture, report, sweep
+
+    if (options.sweep is None) != (options.weights is None):
+        raise UserError("--sweep CONFIG and --weights NAME=0,1,5 go together")
+    check_picture(options.out)
+    swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
+    print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
+
+
+def _dashboard(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.tracking.tracker import show_dashboard
+
+    show_dashboard(options.run, port=options.port, open_browser=options.open_browser)

@@ -1,1 +1,0 @@
-"""The subcommands of `ddpo`, by what they are about; `trainers.cli` puts them together."""

@@ -1,0 +1,154 @@
+"""Binds the verbs of an epoch to a run's state."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ddpo import Samples
+from ddpo.objectives import Experience, Models
+from rewards import Scores
+from trainers.epoch.credit import Credit, CreditRules, credit
+from trainers.epoch.learning_rate import schedule_updates
+from trainers.epoch.path_kl import EpochKL
+from trainers.epoch.sample import Sampler
+from trainers.epoch.score import score
+from trainers.epoch.score_gradient import ScoreGradient
+from trainers.epoch.state import TrainState
+from trainers.epoch.step_rules import adamw
+from trainers.epoch.update import Updater
+from trainers.parallel.processes import Processes
+from trainers.planning.plan import BatchPlan
+from trainers.prompts import Prompt
+from trainers.tracking.metrics import Stopwatch
+from trainers.tracking.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """An epoch's data.
+
+    Attributes:
+        prompts: Of all N samples of the epoch.
+        experience: Of which an objective learns, of this process.
+        scores: Of all N samples: totals of the rewards alone, and components; None where no reward has scored them.
+        kl: To the pretrained model; None where it is not measured.
+        credit: What the rewards' scores are worth; None where there are none.
+    """
+
+    prompts: tuple[Prompt, ...]
+    experience: Experience
+    scores: Scores | None = None
+    kl: EpochKL | None = None
+    credit: Credit | None = None
+
+    @property
+    def samples(self) -> Samples:
+        """Of this process."""
+        return self.experience.samples
+
+
+Source = Callable[[int, Stopwatch], Collected]
+"""Makes an epoch's data, given the number of finished epochs; takes the time of its phases."""
+
+
+def online(
+    state: TrainState, plan: BatchPlan, *, threads: ThreadPoolExecutor, processes: Processes, progress: Progress
+) -> Source:
+    """Data that the policy samples itself.
+
+    Args:
+        state: The run; its prompt position, reward scales and remembered scores move on.
+        plan: Sizes of an epoch.
+        threads: In which rewards run.
+        processes: Who shares an epoch.
+        progress: Shows the batches.
+    """
+    config = state.config
+    sample = Sampler(
+        policy=state.policy,
+        old=state.old if config.demand.samples_from_old else None,
+        demand=config.demand,
+        plan=plan,
+        predict_at=config.shaping.steps,
+        kl_of_all=config.measures_kl,
+        group_noise="shared" if config.demand.same_start else config.batch.group_noise,
+        keep_on=config.batch.trajectories,
+        distributed=config.distributed,
+        seed=config.seed,
+        processes=processes,
+        progress=progress,
+    )
+    rules = CreditRules(
+        reward=state.reward,
+        multipliers=state.multipliers,
+        estimator=state.advantages,
+        shaping_strength=config.shaping.strength,
+        paired=config.batch.group_noise == "antithetic",
+    )
+
+    def source(epoch: int, clock: Stopwatch) -> Collected:
+        prompts = tuple(prompt for prompt in state.prompts.draw(plan.groups_per_epoch) for _ in range(plan.group_size))
+        scored = score(
+            sample(prompts, epoch=epoch, clock=clock),
+            reward=state.reward,
+            glimpses=[*config.shaping.steps, *sample.contests],
+            prompts=[prompt.text for prompt in prompts],
+            epoch=epoch,
+            group_size=plan.group_size,
+            threads=threads,
+            processes=processes,
+            clock=clock,
+        )
+        with clock("sample"):
+            kl = sample.path_kl(scored.samples.trajectory)
+        credited = credit(
+            scored,
+            kl,
+            rules=rules,
+            alpha=state.kl_weight(scored.scores.total),
+            epoch=epoch,
+            groups=torch.arange(len(prompts)) // plan.group_size,
+            prompts=[prompt.group for prompt in prompts],
+            own=processes.share(len(prompts)),
+        )
+        return Collected(prompts=prompts, experience=credited.experience, scores=scored.scores, kl=kl, credit=credited)
+
+    return source
+
+
+def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progress: Progress) -> Updater:
+    """What takes a run's optimizer steps; arguments as for `online`."""
+    config = state.config
+
+    score = ScoreGradient(state.reward, epoch=lambda: state.epoch, processes=processes, progress=progress)
+    differentiated = score if config.demand.reward_gradient else None
+
+    def elapsed() -> float:
+        if config.max_minutes is None or config.optimizer.schedule == "constant":
+            return 0.0
+        seconds = processes.gather_json(state.counts.seconds)[0]
+        assert isinstance(seconds, float)
+        return seconds / (60 * config.max_minutes)
+
+    return Updater(
+        objective=config.objective.build(),
+        score=differentiated,
+        preparation=state.preparation,
+        models=Models(policy=state.policy, old=state.old, score=differentiated),
+        learners=state.learners,
+        rule=adamw(
+            config.optimizer,
+            scaler=state.scaler,
+            total=schedule_updates(config, plan.optimizer_steps_per_epoch),
+            elapsed=elapsed,
+        ),
+        scaler=state.scaler,
+        plan=plan,
+        distributed=config.distributed,
+        gate_tolerance=config.gate_tolerance_nats,
+        seed=config.seed,
+        processes=processes,
+        progress=progress,
+    )

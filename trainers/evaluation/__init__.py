@@ -1,0 +1,1 @@
+"""Fixed prompts and seeds, scored again and again, and what that says of over-optimisation."""

@@ -1,0 +1,1 @@
+"""Processes that train together: who does what, how tensors are split and summed, how a signal stops them."""

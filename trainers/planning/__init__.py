@@ -1,0 +1,1 @@
+"""What a configuration will do, found before weights load: sizes, memory, refusals."""

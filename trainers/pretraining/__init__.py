@@ -1,0 +1,1 @@
+"""Makes the small pipeline that ships with ddpo."""

@@ -1,1 +1,0 @@
-"""One tracker per file; `trainers.tracking` has the table of them."""
