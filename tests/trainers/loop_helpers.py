@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from trainers.config.io import load_config, to_yaml
@@ -61,6 +62,19 @@ def weights(run: Path, *groups: str) -> dict:
         for group in groups
         for name, value in load_file(folder / f"{group}.safetensors").items()
     }
+
+
+def assert_trained_alike(one: dict, two: dict) -> None:
+    """Asserts that two runs moved a LoRA's weights by the same, but for rounding: by the norm of the difference.
+
+    Single weights differ by more, since Adam gives a gradient that is zero but for rounding a whole step.
+    """
+    assert one.keys() == two.keys()
+    began_at_zero = [name for name in one if "lora_B" in name]
+    moved = float(torch.cat([one[name].flatten() for name in began_at_zero]).norm())
+    apart = float(torch.cat([(one[name] - two[name]).flatten() for name in began_at_zero]).norm())
+    assert moved > 1e-3
+    assert apart < 1e-2 * moved, f"weights differ by {apart:.2e} after a move of {moved:.2e}"
 
 
 def environment() -> dict[str, str]:
