@@ -22,11 +22,3 @@ settings.load_profile("ddpo")
 def fixed_seed():
     """Tests draw their own data from the global generator: the same in every run and order."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """A finished `ddpo train` ignores SIGUSR1 from then on, which processes started by later tests would inherit."""
-    before = signal.getsignal(signal.SIGUSR1)
-    yield
-    signal.signal(signal.SIGUSR1, before)

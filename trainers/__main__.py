@@ -1,8 +1,6 @@
 """`python -m trainers` is the command `ddpo`."""
 
-import sys
-
-from trainers.cli import main
+from trainers.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -4,7 +4,6 @@ import faulthandler
 import multiprocessing
 import os
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -59,9 +58,9 @@ def _end(file: str) -> str:
 
 def command(arguments: Sequence[str]) -> None:
     """The command line `ddpo`, as the body of a process."""
-    from trainers.cli import main
+    from trainers.cli import entry_point
 
-    sys.exit(main(arguments))
+    entry_point(arguments)
 
 
 def _enter(

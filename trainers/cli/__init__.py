@@ -1,5 +1,5 @@
 """The command line `ddpo`."""
 
-from trainers.cli.command_line import main
+from trainers.cli.command_line import entry_point, main
 
-__all__ = ["main"]
+__all__ = ["entry_point", "main"]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from trainers.cli.arguments import add_accept, model, positive, run_folder, share, split_overrides
 from trainers.cli.library_noise import quiet_libraries
@@ -77,6 +77,13 @@ _TOLD = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROF
 """What a file system refuses and its message explains: names, full disks, what is read-only."""
 
 
+def entry_point(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command line as a whole process, which ends with its status, also when it is warned on its way out."""
+    status = main(arguments)
+    ignore_late_warnings()
+    sys.exit(status)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -99,7 +106,6 @@ def _status(arguments: list[str], *, debug: bool) -> int:
     try:
         return _run(arguments)
     except RunStopped as stop:
-        ignore_late_warnings()
         if is_main_process() or isinstance(stop, PeerLost):
             print(stop, file=sys.stderr)
         return EXIT_CODE
@@ -259,7 +265,6 @@ def _print_plan(config: "Config", plan: "BatchPlan") -> None:
 
 
 def _print_run(run: Path) -> None:
-    ignore_late_warnings()
     if is_main_process():
         print(f"run folder: {run}")
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.trainers.signal_phases import PHASES, disturb, prepare
 from tests.trainers.world import command, in_processes
-from trainers.parallel.interruption import EXIT_CODE, Interrupted, Signals
+from trainers.cli import main
+from trainers.parallel.interruption import EXIT_CODE, HANDLED, Interrupted, Signals
 from trainers.parallel.processes import Processes
 
 
@@ -59,6 +60,12 @@ def test_a_warning_after_the_end_does_not_make_a_finished_run_look_stopped(confi
     arguments = ["train", "--resume", str(config.parent / "runs" / "whole")]
     log = config.parent / "late.log"
     assert in_processes(finish_and_be_warned, arguments, int(signal.SIGUSR1), log=log) == [0]
+
+
+def test_a_finished_run_leaves_the_process_that_called_it_its_signals(config: Path) -> None:
+    handlers = [signal.getsignal(number) for number in HANDLED]
+    assert main(["train", "--resume", str(config.parent / "runs" / "whole")]) == 0
+    assert [signal.getsignal(number) for number in HANDLED] == handlers
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
