@@ -9,6 +9,7 @@ T is the number of steps; all tensors of a schedule have shape (T,).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -73,10 +74,10 @@ class Schedule:
         """T, deterministic steps included."""
         return self.a.shape[0]
 
-    @property
+    @cached_property
     def stochastic_steps(self) -> tuple[int, ...]:
         """Indices of the steps that have noise."""
-        return tuple(int(k) for k in torch.nonzero(self.stochastic).flatten())
+        return tuple(torch.nonzero(self.stochastic).flatten().tolist())
 
     @property
     def named_stochastic_steps(self) -> str:
