@@ -89,6 +89,8 @@ class Demand:
             worth different amounts, and the KL to the pretrained model can have a weight.
         weighs_kl: Whether that KL can have a weight without likelihoods, in losses that compute it themselves.
         needs_kl: Whether it must have one, which takes noise.
+        kept_targets: Whether it trains again on what earlier epochs made with the weight of the KL, which must then
+            stay as it is.
         reward_gradient: Whether its losses differentiate the rewards: those without derivatives are then measured
             alone, and all run in the training processes.
         keep: Which states of the chains it needs.
@@ -132,6 +134,7 @@ class Demand:
     likelihood: bool = False
     weighs_kl: bool = False
     needs_kl: bool = False
+    kept_targets: bool = False
     reward_gradient: bool = False
     keep: Keep = Keep.FINAL
     means: bool = False
