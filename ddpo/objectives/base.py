@@ -96,6 +96,8 @@ class Demand:
         keep: Which states of the chains it needs.
         means: Whether it needs the means that the steps with noise were sampled from.
         chain: Whether a unit is a chain of steps, so that a unit's memory and rows are those of several of them.
+        chain_unit: Whether the last of a sample's units is a chain, from its first step without noise to the scored
+            image, in which all of its steps are differentiated.
         graph_steps: Of a chain of T steps, the largest number that are differentiated.
         decodes: Images of a unit that are decoded and scored with a graph.
         recomputed: Whether a chain's steps are computed again one by one in the backward pass, so that the activations
@@ -139,6 +141,7 @@ class Demand:
     keep: Keep = Keep.FINAL
     means: bool = False
     chain: bool = False
+    chain_unit: bool = False
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps
     decodes: int = 0
     recomputed: bool = False

@@ -117,6 +117,21 @@ class SamplerConfig:
         reaches = self.stochastic_steps.reaches_last(self.num_steps)
         check(reaches or not self.ends_noisy, "last_step", self.last_step, never)
 
+    def steps_from_first_unseen(self, num_stochastic: int) -> int:
+        """At most how many steps a chain has from the first on that the trained weights make without noise.
+
+        Args:
+            num_stochastic: Steps with noise, or one more.
+        """
+        before = num_stochastic if self.stochastic_steps.starts_noisy else 0
+        return max(1, self.num_steps - before)
+
+    @property
+    def hides_no_step(self) -> bool:
+        """Whether, whatever the pipeline, the trained weights make no step without noise."""
+        covered = self.stochastic_steps.kind == "all" and self.stochastic_steps.reaches_last(self.num_steps)
+        return covered and self.last_step != "stock" and not self.is_noise_free
+
     @property
     def max_stochastic_steps(self) -> int:
         """How many steps are stochastic, or one more: `ddim`'s stock last step may turn out to have no noise."""

@@ -105,6 +105,11 @@ class StepSelection:
         check(start + size <= len(candidates), "start", start, f"at most {len(candidates) - size} with size {size}")
         return size
 
+    @property
+    def starts_noisy(self) -> bool:
+        """Whether the stochastic steps are the first ones in every epoch, with nothing before or between them."""
+        return self.kind == "all" or (self.kind == "window" and not self.changes and not self.start)
+
     def reaches_last(self, num_steps: int) -> bool:
         """Whether the last of T steps, all of which can have noise, is stochastic in some epoch."""
         steps = self.candidates(range(num_steps), num_steps)

@@ -25,6 +25,7 @@ from ddpo.trajectory import Keep
 from ddpo.validation import check, within
 from ddpo.weights.adapter import FullConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
+from trainers.config.chain_unit import check_chain_unit
 from trainers.config.evaluation_sampler import EvaluationSampler
 from trainers.config.groups import (
     BatchConfig,
@@ -282,6 +283,8 @@ class Config:
             bounded = [constraint.reward for constraint in self.constraints if constraint.reward != KL_NAME]
             cure = f"[] but for {KL_NAME} with objective.kind: {self.objective.kind} (bounds are multipliers of scores)"
             check(not bounded, "constraints", bounded, cure)
+        if self.demand.chain_unit:
+            check_chain_unit(self)
         is_gdpo = self.advantages.combination == "gdpo"
         used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
         extra = [name for name, is_used in used.items() if is_used]
