@@ -22,7 +22,7 @@ from trainers.parallel.rng import seed_rng
 from trainers.parallel.sharding import distribute
 from trainers.planning.memoryless import memory_notice
 from trainers.planning.plan import BatchPlan, check_judged, check_whole_groups, make_plan
-from trainers.planning.policy_loading import count_decisions, load_policy
+from trainers.planning.policy_loading import check_unseen_steps, count_decisions, load_policy
 from trainers.planning.rounding import rounding_notice
 from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.run_folder.checkpoint import (
@@ -173,6 +173,8 @@ def make_session(
         branches=policy.rule.branches,
         rank=processes.rank,
     )
+    if config.demand.chain_unit:
+        check_unseen_steps(policy)
     if loaded.reward.groupwise:
         check_whole_groups(plan)
     if config.offline is not None:
@@ -181,7 +183,7 @@ def make_session(
         check_whole_groups(plan, who="an objective", alone=True)
     progress = Progress(enabled=processes.is_main)
     if config.demand.reward_gradient:
-        check_gradient(loaded.reward, name=config.demand.name, progress=progress)
+        check_gradient(loaded.reward, name=config.demand.name, every=config.demand.chain_unit, progress=progress)
     rounding = rounding_notice(
         config.model.precision, dims=math.prod(policy.latent_shape), joint_ratio=config.demand.joint_ratio
     )
@@ -236,11 +238,17 @@ def make_session(
     )
 
 
-def check_gradient(reward: WeightedSum, *, name: str, progress: Progress) -> None:
+def check_gradient(reward: WeightedSum, *, name: str, every: bool, progress: Progress) -> None:
     """Refuses rewards of which none has derivatives, and says which have none beside others that do.
 
+    Args:
+        reward: Of the run.
+        name: Of the objective.
+        every: Whether every reward with a weight must have derivatives.
+        progress: Where it is said.
+
     Raises:
-        UserError: None has, or one compares images.
+        UserError: None has, or not every one that must, or one compares images.
     """
     through, without = reward.with_gradient, reward.without_gradient
     if not through:
@@ -253,6 +261,11 @@ def check_gradient(reward: WeightedSum, *, name: str, progress: Progress) -> Non
         raise UserError(
             f"the objective {name} learns from one image at a time, and {', '.join(compared)} must compare no images; "
             "leave it out, or choose another objective.kind"
+        )
+    if without and every:
+        raise UserError(
+            f"rewards: {', '.join(without)} must be differentiable with objective.noise_free_steps: pathwise, which "
+            "adds the derivative of the whole total; leave it out, or set noise_free_steps: ignored"
         )
     if without:
         progress.line(

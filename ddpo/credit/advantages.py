@@ -117,12 +117,14 @@ class Advantages:
     Attributes:
         values: (B, T).
         kl_weight: Weight of each sample's own per-step KL in the loss, alpha over the scale, (B,).
+        scale: What both were divided by, (B,) reward units; infinite where they have none.
         zero_variance_groups: Groups whose scores are all equal to rounding; their samples carry no reward signal.
         clipped: Share of entries that the clip changed, in [0, 1].
     """
 
     values: Tensor
     kl_weight: Tensor
+    scale: Tensor
     zero_variance_groups: int
     clipped: float
 
@@ -203,6 +205,7 @@ class AdvantageEstimator:
         return Advantages(
             values=values.clamp(-bound, bound).float(),
             kl_weight=(alpha / scale).float(),
+            scale=scale.float(),
             zero_variance_groups=count_flat_groups(scores, groups),
             clipped=float((values.abs() > bound).double().mean()),
         )

@@ -80,6 +80,11 @@ class Schedule:
         return tuple(torch.nonzero(self.stochastic).flatten().tolist())
 
     @property
+    def unseen_steps(self) -> tuple[int, ...]:
+        """Indices of the steps without noise that the trained weights make: no likelihood sees what they do there."""
+        return tuple(k for k in range(self.num_steps) if k not in (*self.stochastic_steps, *self.pretrained_steps))
+
+    @property
     def named_stochastic_steps(self) -> str:
         """Which steps have noise, for people: `all 10 steps`, `steps 0-8 of 10`, `steps 2, 5-6 of 10`, `no step of 10`.
 

@@ -25,6 +25,7 @@ from ddpo.trajectory import Keep
 from ddpo.validation import check, within
 from ddpo.weights.adapter import FullConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
+from trainers.config.chain_unit import check_chain_unit
 from trainers.config.evaluation_sampler import EvaluationSampler
 from trainers.config.groups import (
     BatchConfig,
@@ -146,6 +147,7 @@ class Config:
         with within("shaping"):
             check_steps(self.shaping.steps, self.sampler.num_steps)
         self._check_noise()
+        self._check_last_step()
         self._check_offline()
         self._check_groups()
         self._check_group_noise()
@@ -184,6 +186,11 @@ class Config:
             why = "the weight of a nat is what its targets are made of"
             check(not self.sampler.is_noise_free, "sampler.kind", self.sampler.kind, f"a stochastic sampler {chosen}")
             check(self.kl.alpha != 0, "kl.alpha", self.kl.alpha, f"positive {chosen} ({why})")
+        if self.demand.kept_targets:
+            why = "with objective.replay_epochs (targets of earlier epochs hold the weight that the KL had then)"
+            check(isinstance(self.kl, FixedKL), "kl.kind", self.kl.kind, f"fixed {why}")
+            bounded = [constraint.reward for constraint in self.constraints]
+            check(KL_NAME not in bounded, "constraints", bounded, f"without {KL_NAME} {why}")
         if not self.demand.likelihood:
             has_term, has_kl = self.demand.weighs_kl, not self.sampler.is_noise_free
             why = "steps without noise have no KL" if has_term else "it has no KL term"
@@ -199,6 +206,15 @@ class Config:
         steps, demand = self.sampler.max_stochastic_steps, self.demand
         cure = f"more than objective.first_step {chosen} (next states are compared at the steps from there on)"
         check(not demand.contenders or demand.contended(steps) > 0, "sampler.num_steps", self.sampler.num_steps, cure)
+
+    def _check_last_step(self) -> None:
+        """The end of a chain that a sampler is told must be one that it can have; evaluations may take training's."""
+        with within("sampler"):
+            self.sampler.check_last_step()
+        own = self.evaluation.sampler
+        if own is not None and own.last_step is not None:
+            with within("evaluation.sampler"):
+                self.evaluation_sampler.check_last_step()
 
     def _check_offline(self) -> None:
         """Judged images have neither chains nor new scores."""
@@ -267,6 +283,8 @@ class Config:
             bounded = [constraint.reward for constraint in self.constraints if constraint.reward != KL_NAME]
             cure = f"[] but for {KL_NAME} with objective.kind: {self.objective.kind} (bounds are multipliers of scores)"
             check(not bounded, "constraints", bounded, cure)
+        if self.demand.chain_unit:
+            check_chain_unit(self)
         is_gdpo = self.advantages.combination == "gdpo"
         used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
         extra = [name for name, is_used in used.items() if is_used]

@@ -224,7 +224,9 @@ def make_plan(
         branches = 2 if config.sampler.guidance_scale > 1 else 1
     trained_branches = branches if demand.guidance else 1
     calls = demand.graph_steps(config.sampler.num_steps) if demand.chain else 1
-    training_rows = batch.samples_per_epoch * units * demand.passes * calls * demand.rows * trained_branches
+    beyond = config.sampler.steps_from_first_unseen(num_stochastic) - 1 if demand.chain_unit else 0
+    per_sample = (units * calls * demand.rows + beyond) * trained_branches
+    training_rows = batch.samples_per_epoch * demand.passes * per_sample
     contests = demand.contended(num_stochastic) * demand.contenders
     states = config.sampler.num_steps + len(config.shaping.steps) + contests
     return BatchPlan(
