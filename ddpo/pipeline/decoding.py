@@ -17,7 +17,8 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from PIL import Image
 from torch import Tensor
 
-from ddpo.pipeline.call import PipelineCall
+from ddpo.pipeline.call import BLANK, PipelineCall
+from ddpo.pipeline.nested import first_output
 from ddpo.pipeline.offload import Offload
 from ddpo.pipeline.tracing import hollowed, replaced, step_output
 from ddpo.validation import FieldError
@@ -66,7 +67,7 @@ class Decoder:
         self._call = call
         self._device = device
         self._offload = offload
-        self._prompt = ""
+        self._prompt = BLANK
         self._color = "black"
         self._encoded: dict[int, object] = {}
         self._encoded_images: dict[torch.Size, object] = {}
@@ -135,7 +136,7 @@ class Decoder:
                 stack.enter_context(replaced(vae, "encode", partial(self._encode_image, own)))
             if hasattr(pipeline, "encode_prompt"):
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
-            images = run(pipeline, **arguments, return_dict=False)[0].float()
+            images = first_output(run(pipeline, **arguments)).float()
         is_grey = images.shape[-3] == 1
         return images.repeat_interleave(3, dim=-3) if is_grey else images
 

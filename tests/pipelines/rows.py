@@ -12,6 +12,7 @@ COGVIDEO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "
             "snr_shift_scale": 3.0, "timestep_spacing": "trailing"}  # fmt: skip
 DYNAMIC = {"use_dynamic_shifting": True}
 UMT5 = {"text_encoder": "UMT5EncoderModel"}
+WIDE = {"latent_channels": 16}
 I2V_WAN = {"in_channels": 4 + 2 + 4}
 
 ROWS = (
@@ -37,7 +38,7 @@ ROWS = (
     Row(pipeline="HunyuanImagePipeline"),
     Row(pipeline="CogView3PlusPipeline", scheduler="CogVideoXDDIMScheduler", scheduler_options=COGVIDEO),
     Row(pipeline="CogView4Pipeline", scheduler_options={**DYNAMIC, "time_shift_type": "linear"}),
-    Row(pipeline="HiDreamImagePipeline"),
+    Row(pipeline="HiDreamImagePipeline", encoders={"text_encoder": "LongCLIP", "text_encoder_2": "LongCLIP"}),
     Row(pipeline="Kandinsky3Pipeline"),
     Row(pipeline="Kandinsky5T2IPipeline"),
     Row(pipeline="Krea2Pipeline", unguided=0.0, parts={"text_encoder_select_layers": (0, 1)}),
@@ -46,7 +47,7 @@ ROWS = (
     Row(pipeline="PRXPipeline"),
     Row(pipeline="BriaPipeline"),
     Row(pipeline="BriaFiboPipeline"),
-    Row(pipeline="LongCatImagePipeline"),
+    Row(pipeline="LongCatImagePipeline", denoiser={"in_channels": 64}, vae=WIDE),
     Row(pipeline="ErnieImagePipeline"),
     Row(pipeline="OmniGenPipeline"),
     Row(pipeline="Cosmos2TextToImagePipeline"),
@@ -84,7 +85,7 @@ ROWS = (
     Row(pipeline="StableDiffusionInstructPix2PixPipeline", group="edit", denoiser={"in_channels": 8}),
     Row(pipeline="StableDiffusionXLInstructPix2PixPipeline", group="edit", denoiser={**SDXL_UNET, "in_channels": 8}),
     Row(pipeline="JoyImageEditPipeline", group="edit"),
-    Row(pipeline="LongCatImageEditPipeline", group="edit"),
+    Row(pipeline="LongCatImageEditPipeline", group="edit", denoiser={"in_channels": 64}, vae=WIDE),
     Row(pipeline="FluxControlPipeline", group="edit", guided=None, denoiser={"in_channels": 32, "out_channels": 16}),
     Row(pipeline="FluxFillPipeline", group="edit", guided=None, denoiser={"in_channels": 48, "out_channels": 16}),
     # ---- image to video

@@ -292,6 +292,8 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = training_scheduler(pipeline.scheduler)
     pipeline.to(policy.device)
+    if getattr(policy.pipeline.components.get("vae"), "use_tiling", False):
+        pipeline.vae.enable_tiling()
     before = subject.run(pipeline).images
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
@@ -314,26 +316,21 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
 
 
 def reached_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
-    """The gradient of the weights that have one; first, how many have none.
+    """The gradient; first, how many weights no noisy step depends on, of one step for each of the networks.
 
     The last block of some transformers (Qwen-Image) computes outputs that nothing reads: their adapters stay as they
     are, and a distributed wrapper must be told to expect unused parameters.
     """
-    k, row = path.schedule.stochastic_steps[0], torch.tensor([0])
-    log_prob = policy(k, path.latents[:1, k], path.condition.index(row)).log_prob(path.latents[:1, k + 1]).sum()
-    weights = policy.trainable()
-    gradients = torch.autograd.grad(log_prob, list(weights.values()), allow_unused=True)
-    unused = {name: w for (name, w), gradient in zip(weights.items(), gradients, strict=True) if gradient is None}
-    layers = sorted({name.split(".lora_")[0] for name in unused})
+    row, weights, noisy = torch.tensor([0]), policy.trainable(), path.schedule.stochastic_steps
+    idle = set(weights)
+    for k in {policy.denoiser.expert_of(k): k for k in reversed(noisy)}.values():
+        log_prob = policy(k, path.latents[:1, k], path.condition.index(row)).log_prob(path.latents[:1, k + 1]).sum()
+        gradients = torch.autograd.grad(log_prob, list(weights.values()), allow_unused=True)
+        idle -= {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+    layers = sorted({name.split(".lora_")[0] for name in idle})
     yield Measurement(name=f"trained weights that nothing depends on, of {len(weights)}", exact="as found",
                       obtained=", ".join(layers) or "none", error=0.0, tolerance=0.0)  # fmt: skip
-    for weight in unused.values():
-        weight.requires_grad_(False)
-    try:
-        yield from gradient_rows(policy, path)
-    finally:
-        for weight in unused.values():
-            weight.requires_grad_(True)
+    yield from gradient_rows(policy, path)
 
 
 def _pixels(subject: Subject, ours: Trajectory, stock: StockRun) -> float:
