@@ -187,7 +187,7 @@ def recorded_steps(
     generator = torch.Generator().manual_seed(seed)
     output = "pt" if pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
     arguments = call.arguments(prompts, images=images, output_type=output, generator=generator)
-    with torch.no_grad():
+    with torch.no_grad(), call.guiding(pipeline):
         return trace(pipeline, module, arguments, num_steps=num_steps, hollow=hollow)
 
 
