@@ -1,4 +1,4 @@
-"""`ddpo runs`, `doctor`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
+"""`ddpo runs`, `doctor`, `report`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the subcommands."""
     _add_runs(commands)
     _add_doctor(commands)
+    _add_report(commands)
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -30,6 +31,21 @@ def _add_runs(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = command(commands, "doctor", _doctor, "what happened in a run: why it is flat or broke, what to change")
     parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder, finished or running")
+
+
+_REPORT_EPILOG = """\
+One HTML file that needs no network: configuration, findings, evaluations, curves, pictures, steps, time.
+
+  ddpo report runs/a                     writes runs/a/report.html, as the end of a run does
+  ddpo report runs/a runs/b runs/c       writes report.html here: the runs beside each other, what differs first
+"""
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "one HTML page of a run, or of several beside each other"
+    parser = command(commands, "report", _report, about, epilog=_REPORT_EPILOG)
+    parser.add_argument("runs", type=run_folder, nargs="+", metavar="RUN", help="run folders, finished or running")
+    parser.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html, of several report.html)")
 
 
 _SAMPLE_EPILOG = """\
@@ -149,6 +165,18 @@ def _doctor(options: argparse.Namespace, _: list[str]) -> None:
     from trainers.diagnosis.doctor import describe, examine
 
     print(describe(examine(options.run)))
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.report.page import REPORT, write_report
+    from trainers.run_folder.writable import check_file, check_folder
+
+    alone = options.runs[0] if len(options.runs) == 1 else Path()
+    output = options.output or alone / REPORT
+    check_folder("--output", output.parent)
+    if output.parent.is_dir():
+        check_file("--output", output)
+    print(write_report(options.runs, output))
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
