@@ -83,8 +83,8 @@ SICK = {
 }
 
 
-def run(patient: Patient, folder: Path) -> Path:
-    """Trains; returns the run folder."""
+def run(patient: Patient, folder: Path, *, printed: io.StringIO | None = None) -> Path:
+    """Trains; returns the run folder. What it prints on stderr goes to `printed`."""
     torch.manual_seed(patient.seed)
     problem = toy_problem(sampler=SamplerConfig(num_steps=patient.steps, guidance_scale=1.0))
     policy = problem.policy()
@@ -117,7 +117,7 @@ def run(patient: Patient, folder: Path) -> Path:
         gate_tolerance=1e6 if patient.noise else None,
         seed=patient.seed,
     )  # fmt: skip
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(printed or io.StringIO()):
         return train(
             policy,
             reward=WeightedSum.of(reward),
