@@ -12,6 +12,7 @@ from ddpo.validation import UserError, within
 from rewards import WeightedSum
 from trainers.config import Config
 from trainers.config.io import to_yaml
+from trainers.diagnosis.watch import Watch
 from trainers.epoch.learning_rate import schedule_notice
 from trainers.epoch.state import TrainState
 from trainers.evaluation.evaluator import Evaluator, evaluation_prompts
@@ -83,6 +84,7 @@ class Session:
         evaluation_policy: The policy as evaluations sample from it; its weights are the state's.
         heldout: Rewards that are only measured; None for none.
         tracker: Where metrics go besides the run folder.
+        watch: Looks at the metrics of every epoch; of the main process.
     """
 
     run: RunFolder
@@ -94,6 +96,7 @@ class Session:
     evaluation_policy: Policy
     heldout: WeightedSum | None
     tracker: Tracker
+    watch: Watch
 
 
 def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | None = None) -> RunFolder:
@@ -235,6 +238,7 @@ def make_session(
         evaluation_policy=evaluation_policy,
         heldout=loaded.heldout,
         tracker=tracker,
+        watch=Watch(run, config),
     )
 
 

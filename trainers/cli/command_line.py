@@ -88,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        Exit status, whether anybody reads the output or not: 0, 1 when `verify` or `check` finds a failure, 2 for a
-        user error, 75 when training stopped on a signal and can be resumed, 130 when anything else was interrupted.
+        Exit status, whether anybody reads the output or not: 0, 1 when `verify`, `check` or `doctor CONFIG` finds a
+        failure, 2 for a user error, 75 when training stopped on a signal and can be resumed, 130 when anything else was
+        interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
@@ -162,6 +163,9 @@ def _run(arguments: list[str]) -> int:
             return 0
         own = ("--resume", "--checkpoint", "--accept", "--num-processes", "--utilisation", "--json")
         rest, overrides = split_overrides(arguments[1:], own=own)
+        arguments = [command, *rest]
+    elif command == "doctor":
+        rest, overrides = split_overrides(arguments[1:], own=("--images", "--overfit", "--help"))
         arguments = [command, *rest]
     elif command == "pareto" and "--sweep" in arguments:
         rest, overrides = split_overrides(arguments[1:], own=("--sweep", "--weights", "--x", "--y", "--out", "--help"))
