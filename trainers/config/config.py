@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Tag
 
 from ddpo.credit.advantages import AdvantageConfig
+from ddpo.credit.critic import CriticConfig
 from ddpo.credit.kl import AdaptiveKL, FixedKL
 from ddpo.credit.lagrangian import KL_NAME, Constraint
 from ddpo.credit.potential import check_steps
@@ -70,6 +71,7 @@ class Config:
         batch: Numbers of samples and what fits on a device.
         distributed: How several processes share the network.
         optimizer: AdamW and its learning rate.
+        critic: A learnt value function, the baseline of each step.
         rewards: What is maximised: the weighted sum of these.
         constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
         heldout_rewards: Measured in evaluations, never optimised.
@@ -114,6 +116,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     rewards: tuple[RewardTerm, ...] = ()
     constraints: tuple[Constraint, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
@@ -149,6 +152,7 @@ class Config:
         self._check_noise()
         self._check_last_step()
         self._check_offline()
+        self._check_critic()
         self._check_groups()
         self._check_group_noise()
         self._check_evaluation()
@@ -229,6 +233,25 @@ class Config:
         cure = "[] with offline (judged images have no rewards to bound)"
         check(not self.constraints, "constraints", [one.reward for one in self.constraints], cure)
 
+    def _check_critic(self) -> None:
+        """A critic is learnt where it is the baseline, of steps that are worth different amounts."""
+        is_baseline, kind = self.advantages.has_critic, self.critic.kind
+        cure = "network or features with advantages.baseline: critic (none would be learnt)"
+        check(self.critic.is_on or not is_baseline, "critic.kind", kind, cure)
+        cure = f"none without advantages.baseline: critic (now {self.advantages.baseline}), which alone asks it"
+        check(is_baseline or not self.critic.is_on, "critic.kind", kind, cure)
+        if not is_baseline:
+            return
+        cure = f"group, prompt or batch with objective.kind: {self.objective.kind} (all its steps are worth the same)"
+        check(self.demand.likelihood, "advantages.baseline", "critic", cure)
+        read = self.critic.kind == "features" and self.model.compile
+        check(not read, "critic.kind", kind, "network with model.compile (what runs inside is not read)")
+        cure = "[] with advantages.baseline: critic (a critic is a potential that is learnt)"
+        check(not self.shaping.steps, "shaping.steps", list(self.shaping.steps), cure)
+        cure = "none, std or zscore with advantages.baseline: critic (it does not know a prompt's remembered scores)"
+        for number, term in enumerate(self.rewards):
+            check(term.normalize != "prompt_zscore", f"rewards.{number}.normalize", term.normalize, cure)
+
     def _check_groups(self) -> None:
         group, samples = self.batch.group_size, self.batch.samples_per_epoch
         if not self._compares_samples:
@@ -248,7 +271,7 @@ class Config:
             chosen = "with batch.group_noise: antithetic"
             cure = f"group or batch {chosen} (a prompt's remembered scores do not tell pairs apart)"
             check(baseline != "prompt", "advantages.baseline", baseline, cure)
-            name = "group_size" if baseline == "group" else "samples_per_epoch"
+            name = "samples_per_epoch" if baseline == "batch" else "group_size"
             cure = f"at least 4 {chosen} (the baseline of a pair is the mean over other pairs)"
             check(getattr(batch, name) >= 4, f"batch.{name}", getattr(batch, name), cure)
         same = self.demand.same_start and batch.group_noise == "antithetic"

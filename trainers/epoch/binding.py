@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from ddpo import Samples
 from ddpo.objectives import Experience, Models
 from rewards import Scores
 from trainers.epoch.credit import Credit, CreditRules, credit
+from trainers.epoch.critic import ValueLearner, value_learner
 from trainers.epoch.learning_rate import schedule_updates
 from trainers.epoch.path_kl import EpochKL
 from trainers.epoch.sample import Sampler
@@ -54,13 +56,20 @@ Source = Callable[[int, Stopwatch], Collected]
 
 
 def online(
-    state: TrainState, plan: BatchPlan, *, threads: ThreadPoolExecutor, processes: Processes, progress: Progress
+    state: TrainState,
+    plan: BatchPlan,
+    *,
+    values: ValueLearner | None,
+    threads: ThreadPoolExecutor,
+    processes: Processes,
+    progress: Progress,
 ) -> Source:
     """Data that the policy samples itself.
 
     Args:
         state: The run; its prompt position, reward scales and remembered scores move on.
         plan: Sizes of an epoch.
+        values: The critic; None for none.
         threads: In which rewards run.
         processes: Who shares an epoch.
         progress: Shows the batches.
@@ -79,12 +88,14 @@ def online(
         seed=config.seed,
         processes=processes,
         progress=progress,
+        reader=None if values is None else values.reader,
     )
     rules = CreditRules(
         reward=state.reward,
         multipliers=state.multipliers,
         estimator=state.advantages,
         shaping_strength=config.shaping.strength,
+        warmup_epochs=config.critic.warmup_epochs,
         paired=config.batch.group_noise == "antithetic",
     )
 
@@ -103,6 +114,8 @@ def online(
         )
         with clock("sample"):
             kl = sample.path_kl(scored.samples.trajectory)
+        with clock("critic") if values is not None else nullcontext():
+            outcome = None if values is None else values.outcome(scored, kl)
         credited = credit(
             scored,
             kl,
@@ -112,10 +125,18 @@ def online(
             groups=torch.arange(len(prompts)) // plan.group_size,
             prompts=[prompt.group for prompt in prompts],
             own=processes.share(len(prompts)),
+            outcome=outcome,
         )
         return Collected(prompts=prompts, experience=credited.experience, scores=scored.scores, kl=kl, credit=credited)
 
     return source
+
+
+def critic_of(state: TrainState, plan: BatchPlan, *, processes: Processes) -> ValueLearner | None:
+    """How a run's critic learns; None without one. Arguments as for `online`."""
+    if state.critic is None:
+        return None
+    return value_learner(state.config, state.policy, state.critic, state.learners[-1], plan, processes)
 
 
 def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progress: Progress) -> Updater:
@@ -137,7 +158,7 @@ def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progres
         score=differentiated,
         preparation=state.preparation,
         models=Models(policy=state.policy, old=state.old, score=differentiated),
-        learners=state.learners,
+        learners=(state.learner,),
         rule=adamw(
             config.optimizer,
             scaler=state.scaler,

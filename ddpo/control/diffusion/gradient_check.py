@@ -10,7 +10,7 @@ is then held against the gradient that it can see, and what that one lacks is ex
 the chain itself, as objectives on differentiable rewards do, and see every step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpo.control.diffusion.toy_problem import ToyProblem
-from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, Expected
 from ddpo.objectives import Experience, Models, Objective, PolicyGradientConfig
 from ddpo.objectives.base import Score
 from ddpo.objectives.reward_gradient import RewardGradient, RewardGradientConfig
@@ -120,6 +120,8 @@ class Paths:
 
 
 GROUP_SIZE = 8
+Values = Callable[[Trajectory], Tensor]
+"""What is expected at the states x_0 .. x_{T-1} of chains, (B, T) reward units."""
 
 
 def draw_paths(
@@ -167,7 +169,12 @@ def draw_paths(
 
 
 def compare_gradients(
-    paths: Paths, config: PolicyGradientConfig, advantages: AdvantageConfig, *, alpha: float | None = None
+    paths: Paths,
+    config: PolicyGradientConfig,
+    advantages: AdvantageConfig,
+    *,
+    alpha: float | None = None,
+    values: Values | None = None,
 ) -> GradientComparison:
     """The Monte Carlo gradient of an objective at the weights that drew the paths, against the exact one.
 
@@ -177,10 +184,11 @@ def compare_gradients(
         advantages: How scores become advantages; `clip` must be None, since clipping is a bias. With `batch_std` each
             chunk's gradient is multiplied by the number that it was divided by.
         alpha: Weight of the KL; default the problem's.
+        values: A critic's, for the baseline `critic`.
     """
     assert advantages.clip is None, "a clip biases the gradient"
     alpha = paths.problem.alpha if alpha is None else alpha
-    return _compared(paths, alpha, _estimates(paths, config, advantages, alpha))
+    return _compared(paths, alpha, gradient_estimates(paths, config, advantages, alpha=alpha, values=values))
 
 
 def pathwise_gradients(paths: Paths, config: RewardGradientConfig | None = None) -> GradientComparison:
@@ -241,12 +249,18 @@ def trained_rows(paths: Paths) -> Tensor:
     return torch.arange(len(paths.gain))
 
 
-def _estimates(
-    paths: Paths, config: PolicyGradientConfig, advantages: AdvantageConfig, alpha: float
+def gradient_estimates(
+    paths: Paths,
+    config: PolicyGradientConfig,
+    advantages: AdvantageConfig,
+    *,
+    alpha: float,
+    values: Values | None = None,
 ) -> Iterator[Tensor]:
-    """The gradient of J by each chunk alone, (P,) float64."""
+    """The gradient of J by each chunk alone, (P,) float64; arguments as for `compare_gradients`."""
     for path, scores in zip(paths.chunks, paths.scores, strict=True):
-        experience, scale = make_experience(path, scores, advantages, alpha, paired=paths.paired)
+        expected = None if values is None else values(path)
+        experience, scale = make_experience(path, scores, advantages, alpha, paired=paths.paired, values=expected)
         rows = trained_rows(paths)
         yield objective_gradient(paths.policy, experience, config, rows=rows, score=_score(paths.problem)) * scale
 
@@ -276,8 +290,12 @@ def make_experience(
     *,
     group_size: int = GROUP_SIZE,
     paired: bool = False,
+    values: Tensor | None = None,
 ) -> tuple[Experience, float]:
-    """Scored trajectories as an objective takes them, and the number that `batch_std` divided them by (else 1)."""
+    """Scored trajectories as an objective takes them, and the number that `batch_std` divided them by (else 1).
+
+    With `values` (B, T) of a critic, for the baseline `critic`.
+    """
     groups, pairs = (torch.arange(len(scores)) // size for size in (group_size, 2))
     estimator = AdvantageEstimator(config)
     advantages = estimator(
@@ -289,6 +307,7 @@ def make_experience(
         num_steps=path.schedule.num_steps,
         twins=pairs if paired else None,
         distances=None if config.diversity is None else nearest(path.final, group_size),
+        expected=None if values is None else Expected(values=values, decisions=path.schedule.stochastic),
     )
     experience = Experience(
         samples=Samples(prompts=("",) * len(scores), metadata=({},) * len(scores), trajectory=path),
