@@ -23,7 +23,7 @@ from trainers.checkup.disturbances import compressed, encoded, sharpness
 from trainers.config import Config
 from trainers.config.groups import CheckpointConfig, EvaluationConfig, TrackingConfig
 from trainers.config.io import to_yaml
-from trainers.epoch.binding import Collected, online, updater
+from trainers.epoch.binding import Collected, critic_of, online, updater
 from trainers.epoch.learner import Learner
 from trainers.epoch.step_rules import StepReport, StepRule, Update
 from trainers.epoch.update import Updater
@@ -115,9 +115,10 @@ def take(config: Config, loaded: Loaded, processes: Processes) -> Readings:
 
 def _take(session: Session, threads: ThreadPoolExecutor) -> Readings:
     state, plan, config = session.state, session.plan, session.state.config
-    shared = {"processes": session.processes, "progress": session.progress}
-    source = online(state, plan, threads=threads, **shared)
-    update = updater(state, plan, **shared)
+    processes, progress = session.processes, session.progress
+    values = critic_of(state, plan, processes=processes)
+    source = online(state, plan, threads=threads, processes=processes, progress=progress, values=values)
+    update = updater(state, plan, processes=processes, progress=progress)
     first = source(0, Stopwatch(state.policy.device))
     clock = Stopwatch(state.policy.device)
     second = source(1, clock)
