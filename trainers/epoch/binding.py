@@ -59,20 +59,20 @@ def online(
     state: TrainState,
     plan: BatchPlan,
     *,
-    values: ValueLearner | None,
     threads: ThreadPoolExecutor,
     processes: Processes,
     progress: Progress,
+    values: ValueLearner | None = None,
 ) -> Source:
     """Data that the policy samples itself.
 
     Args:
         state: The run; its prompt position, reward scales and remembered scores move on.
         plan: Sizes of an epoch.
-        values: The critic; None for none.
         threads: In which rewards run.
         processes: Who shares an epoch.
         progress: Shows the batches.
+        values: The critic; None for none.
     """
     config = state.config
     sample = Sampler(
