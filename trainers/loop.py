@@ -346,7 +346,7 @@ def _source(session: Session, threads: ThreadPoolExecutor, values: ValueLearner 
     """Where an epoch's data come from: the policy's own samples, or images that were judged already."""
     state, processes, progress = session.state, session.processes, session.progress
     if (judged := state.config.offline) is None:
-        return online(state, session.plan, values=values, threads=threads, processes=processes, progress=progress)
+        return online(state, session.plan, threads=threads, processes=processes, progress=progress, values=values)
     return offline(state, session.plan, judged=judged, processes=processes, progress=progress)
 
 

@@ -99,7 +99,7 @@ def _credit(credit: Credit, *, shaped: bool) -> dict[str, Metric]:
 
 def _foresight(foresight: Foresight) -> dict[str, Metric]:
     """How well a critic expected what came, over all steps."""
-    return {"critic/explained_variance": float(foresight.explained.mean()), "critic/value_error": foresight.error}
+    return {"critic/explained_variance": float(foresight.explained.nanmean()), "critic/value_error": foresight.error}
 
 
 def _explained(credit: Credit | None) -> dict[str, Metric]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, Expected, cost_to_go, leave_one_out
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, Expected
+from ddpo.credit.baselines import cost_to_go, leave_one_out
 from ddpo.credit.gae import explained_variance, generalised_advantages, returns
 from ddpo.validation import FieldError
 
