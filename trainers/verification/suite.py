@@ -40,6 +40,7 @@ MODULES = (
     "ddpo.control.checks.clean_sample",
     "ddpo.control.checks.preference",
     "ddpo.control.checks.steering",
+    "ddpo.control.checks.guidance",
     "trainers.verification.optimum",
     "trainers.verification.clean_sample",
     "trainers.verification.preference",
