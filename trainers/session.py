@@ -38,6 +38,7 @@ from trainers.run_folder.prompt_record import record_prompts
 from trainers.run_folder.python_runs import record_objects
 from trainers.run_folder.reward_record import record_rewards
 from trainers.scoring.loading import load_rewards
+from trainers.scoring.steering_reward import check_steering_reward
 from trainers.tracking.progress import Progress
 from trainers.tracking.tracker import Tracker, open_trackers
 
@@ -187,6 +188,8 @@ def make_session(
     progress = Progress(enabled=processes.is_main)
     if config.demand.reward_gradient:
         check_gradient(loaded.reward, name=config.demand.name, every=config.demand.chain_unit, progress=progress)
+    if config.steer is not None:
+        check_steering_reward(config.steer, loaded.reward)
     rounding = rounding_notice(
         config.model.precision, dims=math.prod(policy.latent_shape), joint_ratio=config.demand.joint_ratio
     )

@@ -200,6 +200,7 @@ class Denoiser:
         expert = {"expert": self._expert(float(time[0]))} if self.experts else {}
         with self.autocast():
             output = self.network(
+                rows,
                 **expert,
                 **{self._names.latents: given, self._names.timestep: self._times(time)},
                 **arguments,

@@ -181,6 +181,7 @@ def _run(arguments: list[str]) -> int:
     try:
         options, unknown = parser.parse_known_args(arguments)
         options.parser.refuse_unknown(unknown)
+        options.check(options)
         _check_model(overrides, subparsers.get(command, parser))
     except SystemExit as end:  # argparse's way to end; its message is printed
         return int(end.code or 0)

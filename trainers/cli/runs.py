@@ -4,7 +4,16 @@ import argparse
 import json
 from pathlib import Path
 
-from trainers.cli.arguments import add_accept, as_given, epochs_of_a_rise, existing, positive, run_folder, run_or_config
+from trainers.cli.arguments import (
+    add_accept,
+    as_given,
+    epochs_of_a_rise,
+    existing,
+    model,
+    positive,
+    run_folder,
+    run_or_config,
+)
 from trainers.cli.parser import Parser, command
 from trainers.parallel.launcher import is_main_process
 
@@ -67,6 +76,21 @@ _SAMPLE_EPILOG = """\
 The sampler is the evaluation's (evaluation.sampler: steps, size, guidance, noise), so that a prompt of the evaluation
 set has the same pictures, bit for bit, as in the evaluation of those weights; --sampler rollout takes training's.
 Where files of the run lie elsewhere now, name them as in training: --model.path FOLDER, --rewards.0.name FILE.py:NAME.
+
+--steer raises rewards while sampling, without training, of a run's tuned weights or of a pretrained MODEL: a folder, a
+hub id, or shapes. The picture shows unsteered and steered images with their rewards, samples.json also the cost.
+  best_of_n         the best of N images         --steer.particles 4
+  feynman_kac       resampled particles          --steer.alpha 0.1  --steer.particles 4  --steer.every 5
+  svdd              chosen next states           --steer.alpha 0.1  --steer.candidates 4
+  reward_gradient   a differentiable reward      --steer.alpha 0.1  --steer.through network|image
+  langevin          corrections by reward        --steer.alpha 0.1  --steer.corrections 2
+alpha is in reward units per nat: the smaller, the stronger. All but best_of_n and langevin need a sampler with noise.
+Rewards are combined as in training. A MODEL's sampler is the one that fits it, but for the keys that are given.
+
+  ddpo sample shapes --prompt "a red circle" --steer feynman_kac --reward shapes --steer.alpha 0.05
+  ddpo sample runs/NAME --prompt "a red circle" --steer svdd              the run's own rewards
+  ddpo sample MODEL --prompt "a cat" --steer best_of_n --reward pickscore --reward jpeg_estimate --rewards.1.weight 0.1
+      --sampler.num_steps 20 --batch.sample_batch_size 8 --model.precision bf16 --output pictures
 """
 
 
@@ -74,9 +98,9 @@ _ACCEPT_HELP = "take another pretrained model than the run was trained with"
 
 
 def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
-    about = "pictures of the pretrained and the tuned pipeline, side by side"
-    parser = command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG)
-    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder")
+    about = "pictures of the pretrained and the tuned pipeline, or of a steered one, side by side"
+    parser = command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG, check=_check_sample)
+    parser.add_argument("source", metavar="RUN", help="run folder; with --steer also a model")
     parser.add_argument(
         "--prompt", dest="prompts", action="append", required=True, metavar="TEXT", help="repeat for several"
     )
@@ -100,6 +124,33 @@ def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--output", type=Path, help="folder to make (default: a new one in RUN/samples)")
     add_accept(parser, "model", about=_ACCEPT_HELP)
     parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
+    kinds = ("best_of_n", "feynman_kac", "svdd", "reward_gradient", "langevin")
+    parser.add_argument("--steer", choices=kinds, metavar="KIND", help=f"steer by one of {', '.join(kinds)}")
+    parser.add_argument(
+        "--reward",
+        dest="rewards",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --steer: towards what, repeat for several (default: the run's rewards)",
+    )
+
+
+def _check_sample(options: argparse.Namespace) -> None:
+    """A run folder, or, to be steered, a model and a reward."""
+    refuse, path = options.parser.error, Path(options.source)
+    if options.steer is None and options.rewards:
+        refuse("--reward names what to steer by: it goes with --steer KIND")
+    is_model = options.steer is not None and not (path / "config.yaml").is_file()
+    is_model = is_model and (path.is_dir() or not path.parent.is_dir() or options.source == "shapes")
+    try:
+        options.run = model(options.source) if is_model else run_folder(options.source)
+    except argparse.ArgumentTypeError as error:
+        refuse(str(error))
+    if is_model and not options.rewards:
+        refuse(f"{options.source} has no rewards of its own: name what to steer by, --reward NAME (ddpo rewards list)")
+    if is_model and options.checkpoint is not None:
+        refuse(f"--checkpoint is of a run, and {options.source} is a model")
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -210,10 +261,20 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
-    _check_output(options, default=options.run / "samples")
+    _check_output(options, default=Path("samples") if isinstance(options.run, str) else options.run / "samples")
     from trainers.analysis.samples import SampleRequest, sample_run
 
-    print(sample_run(options.run, as_given(SampleRequest, options), overrides=overrides))
+    request = as_given(SampleRequest, options)
+    if options.steer is None:
+        print(sample_run(options.run, request, overrides=overrides))
+        return
+    from trainers.analysis.steered_pictures import SteerRequest, steer_model, steer_run
+
+    steered = SteerRequest(kind=options.steer, rewards=options.rewards, pictures=request)
+    if isinstance(options.run, str):
+        print(steer_model(options.run, steered, overrides=overrides))
+    else:
+        print(steer_run(options.run, steered, overrides=overrides))
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

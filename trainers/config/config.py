@@ -22,6 +22,7 @@ from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.objectives.preference import PreferenceConfig
 from ddpo.objectives.reward_gradient import RewardGradientConfig
 from ddpo.sampling.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
+from ddpo.steering.kinds import BestOfN, FeynmanKacKind, LangevinKind, RewardGradientKind, SvddKind
 from ddpo.trajectory import Keep
 from ddpo.validation import check, within
 from ddpo.weights.adapter import FullConfig, LoraConfig
@@ -77,6 +78,7 @@ class Config:
         heldout_rewards: Measured in evaluations, never optimised.
         reward_processes: Processes and devices of their own for all of these.
         shaping: Intermediate rewards on the predicted clean image.
+        steer: Steers what is sampled to learn from, with objectives that take clean latents alone; null for none.
         offline: Images that were judged already, to learn from in place of samples; null to sample.
         prompts: Training prompts; with `offline` only the evaluation's.
         evaluation: Fixed prompts and seeds, measured during training.
@@ -122,6 +124,17 @@ class Config:
     heldout_rewards: tuple[RewardTerm, ...] = ()
     reward_processes: RewardProcessConfig = field(default_factory=RewardProcessConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    steer: (
+        Annotated[
+            Annotated[BestOfN, Tag("best_of_n")]
+            | Annotated[FeynmanKacKind, Tag("feynman_kac")]
+            | Annotated[SvddKind, Tag("svdd")]
+            | Annotated[RewardGradientKind, Tag("reward_gradient")]
+            | Annotated[LangevinKind, Tag("langevin")],
+            one_of("best_of_n"),
+        ]
+        | None
+    ) = None
     offline: OfflineConfig | None = None
     prompts: PromptConfig = field(default_factory=PromptConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -155,6 +168,7 @@ class Config:
         self._check_critic()
         self._check_groups()
         self._check_group_noise()
+        self._check_steer()
         self._check_evaluation()
         self._check_units()
         self._check_network()
@@ -280,6 +294,26 @@ class Config:
         same = batch.group_noise == "shared" and self.sampler.is_noise_free
         cure = "independent or antithetic with a sampler without noise (a prompt's images would all be the same)"
         check(not same, "batch.group_noise", batch.group_noise, cure)
+
+    def _check_steer(self) -> None:
+        """Steering acts through the sampler's noise; what it makes are clean latents without a density."""
+        if self.steer is None:
+            return
+        demand, kind = self.demand, self.steer.kind
+        own = demand.needs_noise or demand.reward_gradient or demand.keep != Keep.FINAL or demand.contenders > 0
+        cure = f"null with {demand.name} (it learns from the policy's own chains; clean_sample does not)"
+        check(not own, "steer.kind", kind, cure)
+        check(self.offline is None, "steer.kind", kind, "null with offline, which samples nothing")
+        cure = "null with a KL that is measured in sampling (kl.kind: adaptive, or a bound on it), which has none then"
+        check(not self.measures_kl, "steer.kind", kind, cure)
+        noise = "shared" if demand.same_start else self.batch.group_noise
+        cure = f"null where the samples of a group have {noise} noise (particles are independent)"
+        check(noise == "independent", "steer.kind", kind, cure)
+        lacks_noise = self.steer.needs_noise and self.sampler.is_noise_free
+        cure = "best_of_n with a sampler without noise (the others act through it), or choose a sampler with noise"
+        check(not lacks_noise, "steer.kind", kind, cure)
+        cure = f"at most batch.sample_batch_size, {self.batch.sample_batch_size} (all are in one batch)"
+        check(self.steer.particles <= self.batch.sample_batch_size, "steer.particles", self.steer.particles, cure)
 
     def _check_evaluation(self) -> None:
         """The evaluation's sampler must be possible, and of the same model family as training's."""
