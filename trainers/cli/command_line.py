@@ -73,6 +73,13 @@ for FLUX), so resolution, precision, adapter, gradient checkpointing, guidance a
 """
 
 
+_COMPLETION_EPILOG = """\
+  ddpo completion bash > ~/.local/share/bash-completion/completions/ddpo
+  ddpo completion zsh >> ~/.zshrc              (after compinit)
+  ddpo completion fish > ~/.config/fish/completions/ddpo.fish
+"""
+
+
 _TOLD = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What a file system refuses and its message explains: names, full disks, what is read-only."""
 
@@ -274,6 +281,17 @@ def _print_run(run: Path) -> None:
         print(f"run folder: {run}")
 
 
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
+    return _parser()[0]
+
+
+def _completion(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.cli.completion import script
+
+    print(script(options.shell, make_parser()), end="")
+
+
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="ddpo",
@@ -300,4 +318,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     add_run_commands(commands)
     add_verification_commands(commands)
     add_reward_commands(commands)
+    completion = command(commands, "completion", _completion, "print what a shell completes ddpo by",
+                         epilog=_COMPLETION_EPILOG)  # fmt: skip
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="which one")
     return parser, {"train": train, "plan": plan}
