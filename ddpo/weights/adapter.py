@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from ddpo.validation import FieldError, UserError, check
@@ -179,6 +178,8 @@ def default_targets(denoiser: nn.Module) -> tuple[str, ...]:
 
 def _of_attention(denoiser: nn.Module) -> Iterator[str]:
     """Suffixes of the linear layers that attention modules hold, under whatever names, with those of their modules."""
+    from diffusers.models.attention import AttentionModuleMixin
+
     for name, module in denoiser.named_modules():
         if isinstance(module, AttentionModuleMixin):
             own = name.rpartition(".")[2]

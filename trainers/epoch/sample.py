@@ -22,7 +22,7 @@ from ddpo.placement import pinned
 from ddpo.sampling.schedule import Schedule
 from ddpo.seeds import GroupNoise, Purpose, group_seeds, one_seed
 from ddpo.steered import Steering, steered_trajectory
-from ddpo.steering import Unsteered
+from ddpo.steering import Steer
 from ddpo.steering.base import weights_of
 from ddpo.steering.reading import Reading
 from ddpo.trajectory import Sites
@@ -150,7 +150,7 @@ class Sampler:
     ) -> SampledBatch:
         texts, metadata = _texts(prompts)
         features: list[Tensor] = []
-        reading = Unsteered() if self.reader is None else Reading(reader=self.reader, features=features)
+        reading = Steer() if self.reader is None else Reading(reader=self.reader, features=features)
         with clock("sample"):
             condition = policy.encode(texts, metadata)
             seeds, priors = group_seeds(self.group_noise, self.seed, epoch, places, group_size=self.plan.group_size)
