@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from ddpo import Schedule, full_noise_kl, path_kl, rollout, sample_seeds
-from ddpo.control.checks.shared_head import check_full_noise_kl, window
+from ddpo.control.checks.shared_head import DDIM, DDIM_NOISY, DDIM_PRETRAINED, check_full_noise_kl, window
 from ddpo.control.diffusion.gradient_check import draw_paths
 from ddpo.control.diffusion.toy_problem import toy_problem
+from ddpo.displacement import displacement
 
 
 def paths_of(sampler=None):
@@ -40,6 +41,21 @@ def test_it_takes_the_states_of_an_ode_too() -> None:
     path = rollout(policy.noise_free, policy.encode(["", ""]), sample_seeds(0, 0, range(2)))
     assert path_kl(policy, path).eq(0).all()
     assert (full_noise_kl(policy, path)[:, :9] > 0).all()
+
+
+@pytest.mark.parametrize("sampler", [DDIM, window(3)], ids=["stock end", "window"])
+def test_how_far_a_step_that_never_has_noise_has_moved_is_known_from_the_pretrained_chain(sampler) -> None:
+    policy, path = paths_of(sampler)
+    reference = toy_problem(sampler=sampler, head="shared").reference
+    pretrained = path.state(9).double() @ reference.F[9].T + reference.g[9]
+    expected = (path.final - pretrained).square().mean(1)
+    torch.testing.assert_close(displacement(policy, path).double(), expected, rtol=1e-3, atol=1e-6)
+    assert float(expected.min()) > 1e-4
+
+
+def test_with_noise_or_the_pretrained_weights_in_every_step_none_has_moved() -> None:
+    for sampler in (DDIM_NOISY, DDIM_PRETRAINED):
+        assert displacement(*paths_of(sampler)).eq(0).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ddpo.pipeline.input_images import inputs_of
+from ddpo.sampling.entropy import path_entropy, step_entropies
+from ddpo.trajectory import Trajectory
 from rewards import Scores
 from rewards.tools.table import table
 from trainers.epoch.binding import Collected
@@ -67,7 +69,7 @@ def epoch_row(
         "optimizer/learning_rate": report.learning_rate,
         "optimizer/skipped": report.skipped,
         **({"evaluation/overoptimised": state.counts.overoptimised} if state.config.heldout_rewards else {}),
-        **({} if kl is None else {"per_step/kl_nats": kl.per_step.tolist()}),
+        **({} if kl is None else {"per_step/kl_nats": kl.per_step.tolist(), **_entropy(collected.samples.trajectory)}),
         **({} if report.drift is None else {"per_step/gate_nats": report.drift.tolist()}),
         **_explained(collected.credit),
         **{f"per_step/{name}": means.tolist() for name, means in report.per_step.items()},
@@ -124,6 +126,16 @@ def _kl(kl: EpochKL, *, guided: bool) -> dict[str, Metric]:
     estimate = {f"{prefix}path_nats_se": kl.standard_error} if known else {}
     full_noise = {} if kl.full_noise is None else {f"{prefix}full_noise_nats": kl.full_noise}
     return {f"{prefix}path_nats": kl.mean, **estimate, **full_noise}
+
+
+def _entropy(trajectory: Trajectory) -> dict[str, Metric]:
+    """The differential entropy of the chain and of each of its steps; NaN where a step has no noise."""
+    schedule, num_dims = trajectory.schedule, trajectory.final[0].numel()
+    steps = step_entropies(schedule, num_dims=num_dims)
+    return {
+        "chain/entropy_nats": path_entropy(schedule, num_dims=num_dims),
+        "per_step/entropy_nats": steps.masked_fill(~schedule.stochastic.cpu(), math.nan).tolist(),
+    }
 
 
 def _constraints(report: ConstraintReport) -> dict[str, Metric]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpo import Keep, Policy, Samples, rollout, sample_seeds
+from ddpo.displacement import displacement
 from ddpo.file_modes import open_by_umask
 from ddpo.path_kl import full_noise_kl, steps_left_to_the_ode
 from ddpo.pipeline.input_images import IMAGE
@@ -32,6 +33,7 @@ from trainers.scoring.whole_groups import GroupBuffer, ImageBatch
 from trainers.tracking.progress import Progress
 
 KL, FULL_NOISE_KL = "kl (nats)", "kl, full noise (nats)"
+DISPLACEMENT = "displacement without noise"
 VALUE = "value."
 CAPTIONS = "captions"
 _IMAGES = "images"
@@ -45,8 +47,9 @@ class Evaluation:
 
     Attributes:
         values: By name: `reward` (the optimised total, where there is one), raw components, `heldout/...`, `kl (nats)`
-            (where sampling has noise), the same noise-free under `ode/...`, each (E,) float32; and `diversity`, one for
-            each prompt (`pixel_diversity` beside a reward of that name).
+            (where sampling has noise; beside it what the weights did in steps without), the same noise-free under
+            `ode/...`, each (E,) float32; and `diversity`, one for each prompt (`pixel_diversity` beside a reward of
+            that name).
         images: The images, by the evaluation's sampler, (E, 3, H, W) uint8.
         prompts: E texts.
     """
@@ -112,7 +115,7 @@ class Evaluation:
 
 def _reading_order(name: str) -> tuple[int, str]:
     """The optimised reward first, then its parts, what was held out, KL, diversity, and noise-free sampling."""
-    order = ("reward", "heldout/", KL, FULL_NOISE_KL, "diversity", "ode/")
+    order = ("reward", "heldout/", KL, FULL_NOISE_KL, DISPLACEMENT, "diversity", "ode/")
     rank = next((place for place, prefix in enumerate(order) if name.startswith(prefix)), 0)
     return (rank, "" if name == "reward" else name)
 
@@ -268,14 +271,22 @@ class Evaluator:
         with_kl = bool(policy.schedule.stochastic_steps)
         samples = sample_images(policy, [self.prompts[i] for i in indices], self.seeds(indices), with_kl=with_kl)
         images, kl = policy.decode(samples.trajectory.final), samples.trajectory.kl
-        return images, samples, {} if kl is None else {KL: kl.sum(1).cpu().float(), **_full_noise(policy, samples)}
+        return images, samples, {} if kl is None else {KL: kl.sum(1).cpu().float(), **_noise_free(policy, samples)}
 
 
-def _full_noise(policy: Policy, samples: Samples) -> dict[str, Tensor]:
-    """The KL with the sampler's full noise where the chain leaves steps to the ODE, (B,) nats by its name."""
-    if steps_left_to_the_ode(policy, samples.trajectory.schedule) is None:
-        return {}
-    return {FULL_NOISE_KL: full_noise_kl(policy, samples.trajectory).sum(1).cpu().float()}
+def _noise_free(policy: Policy, samples: Samples) -> dict[str, Tensor]:
+    """What the weights did in steps without noise, where there are any, (B,) by its name.
+
+    In steps that the chain leaves to the ODE, the KL that all steps would have with the sampler's full noise; in those
+    that have no noise even then, how far they have moved.
+    """
+    path = samples.trajectory
+    values: dict[str, Tensor] = {}
+    if steps_left_to_the_ode(policy, path.schedule) is not None:
+        values[FULL_NOISE_KL] = full_noise_kl(policy, path).sum(1)
+    if policy.full_noise.schedule.unseen_steps:
+        values[DISPLACEMENT] = displacement(policy, path)
+    return {name: value.cpu().float() for name, value in values.items()}
 
 
 def _scored(batch: ImageBatch, reward: WeightedSum, heldout: WeightedSum | None) -> dict[str, Tensor]:
@@ -308,10 +319,10 @@ def sample_images(policy: Policy, prompts: Sequence[Prompt], seeds: Tensor, *, w
         policy: What to sample from.
         prompts: B of them.
         seeds: (B,) int64.
-        with_kl: Whether to measure the KL to the pretrained model. Where the chain leaves steps to the ODE, all states
-            are then kept, to ask what it would be with the sampler's full noise.
+        with_kl: Whether to measure the KL to the pretrained model. Where trained weights make steps without noise, all
+            states are then kept, to ask what they do there.
     """
-    keep = Keep.ALL if with_kl and steps_left_to_the_ode(policy, policy.schedule) is not None else Keep.FINAL
+    keep = Keep.ALL if with_kl and policy.schedule.unseen_steps else Keep.FINAL
     texts, given = tuple(prompt.text for prompt in prompts), [prompt.metadata for prompt in prompts]
     trajectory = rollout(policy, policy.encode(texts, given), seeds, with_kl=with_kl, keep=keep)
     return Samples(prompts=texts, metadata=policy.rewards_metadata(texts, given), trajectory=trajectory)

@@ -195,7 +195,11 @@ def test_an_algorithm_of_ones_own_runs_with_two_losses_and_an_old_policy(tmp_pat
     first, second = read_metrics(run)
     assert first["updates"] == 4 and second["updates"] == 8
     assert first["policy/first"] > 0 and first["policy/second"] > 0
-    assert [name for name in first if name.startswith("per_step/")] == ["per_step/kl_nats", "per_step/first"]
+    assert [name for name in first if name.startswith("per_step/")] == [
+        "per_step/kl_nats",
+        "per_step/entropy_nats",
+        "per_step/first",
+    ]
     assert first["kl/path_nats"] == pytest.approx(0, abs=1e-6) and "policy/gate_nats" not in first
     tensors, values = load_checkpoint(latest_checkpoint(run))
     halves, values_of = tensors[OLD], {name: value.detach() for name, value in policy.trainable().items()}

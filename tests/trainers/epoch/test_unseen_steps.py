@@ -1,6 +1,8 @@
 """`noise_free_steps: pathwise` in the real trainer: what it runs, what a plan counts, and what is refused."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 
@@ -51,6 +53,14 @@ def test_a_run_takes_chains_again_as_they_were_sampled(ends_clean, tmp_path):
     drift = whole["per_step/gate_nats"]
     assert seen["per_step/gate_nats"][2:] == [None, None] and 0 <= drift[2] < 1e-4 and drift[3] is None
     assert whole["per_step/log_ratio_nats"][2:] == [None, None], "a chain has no likelihood"
+    entropies, unit = whole["per_step/entropy_nats"], 4 * 16 * 16 * 0.5 * math.log(2 * math.pi * math.e)
+    assert entropies[2:] == [None, None] and whole["chain/entropy_nats"] == pytest.approx(unit + sum(entropies[:2]))
+
+
+def test_an_evaluation_says_how_far_the_last_step_has_moved(ends_clean, tmp_path):
+    run = start(write_config(tmp_path, ends_clean, template=CONFIG), "--optimizer.learning_rate", "0.1")
+    moved = json.loads((run / "summary.json").read_text())["displacement without noise"]
+    assert moved["before"]["mean"] == 0 < moved["after"]["mean"]
 
 
 def test_a_plan_counts_the_chains(ends_clean, tmp_path):

@@ -16,6 +16,8 @@ from ddpo import LoraConfig, SamplerConfig
 from ddpo.credit.critic import Critic, CriticShape
 from ddpo.credit.kl import FixedKL
 from ddpo.credit.lagrangian import Constraint
+from ddpo.objectives.policy_gradient import PolicyGradientConfig
+from ddpo.objectives.reward_gradient import RewardGradientConfig
 from ddpo.sampling.step_selection import StepSelection
 from ddpo.weights import adapter as lora
 from ddpo.weights.adapter import FullConfig
@@ -275,6 +277,20 @@ def test_a_window_of_steps_trains_that_share_of_the_steps():
     whole, part = of_shapes(sampler=ten), of_shapes(sampler=window)
     assert part.plan.training_rows == 512
     assert 5 * part.flops["training"] == whole.flops["training"]
+
+
+def test_a_chain_beside_the_steps_costs_its_steps_and_a_picture_with_its_graph():
+    """A window of the first 2 of 10 steps leaves 8 to a chain: with the 2, what 10 steps of a reward gradient cost."""
+    still = StepSelection(kind="window", size=2, shift_every_epochs=0)
+    sampler = SamplerConfig(num_steps=10, guidance_scale=1.0, stochastic_steps=still)
+    seen, whole = (
+        of_shapes(sampler=sampler, objective=PolicyGradientConfig(noise_free_steps=kind))
+        for kind in ("ignored", "pathwise")
+    )
+    eight, nine = (of_shapes(sampler=sampler, objective=RewardGradientConfig(last_steps=count)) for count in (8, 9))
+    a_step_of_all = nine.flops["training"] - eight.flops["training"]
+    assert whole.flops["training"] == eight.flops["training"] + 2 * a_step_of_all
+    assert whole.per_sample["training"] > seen.per_sample["training"]
 
 
 def test_plan_prints_memory_and_json(capsys, tmp_path):
