@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 
 from ddpo.pipeline.quantization import Quantization, quantization_config
 from ddpo.pipeline.scheduler import flow_matching_scheduler
-from ddpo.pipeline.unloadable import check_weights, reason
+from ddpo.pipeline.single_file import load_single_file
+from ddpo.pipeline.unloadable import check_single_file, check_weights, reason
 from ddpo.validation import FieldError
 
 SHAPES = Path(__file__).parent / "assets" / "shapes"
@@ -19,15 +20,17 @@ class Source:
     """What a pipeline was loaded from; as `load_pipeline` takes it.
 
     Attributes:
-        path: A folder, a Hugging Face hub id, or `shapes`.
+        path: A folder, a single file, a Hugging Face hub id, or `shapes`.
         revision: Of the hub repository.
         variant: Of the weight files.
+        config: Of a single file: folder or hub id of a pipeline of the same kind.
         quantization: Of the denoiser's linear layers.
     """
 
     path: str
     revision: str | None = None
     variant: str | None = None
+    config: str | None = None
     quantization: Quantization | None = None
 
 
@@ -37,25 +40,31 @@ def load_pipeline(
     dtype: torch.dtype,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | None = None,
     quantization: Quantization | None = None,
 ) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` with two changes.
+    """`DiffusionPipeline.from_pretrained`, or `from_single_file`, with two changes.
 
     The safety checker is left out where the pipeline can do without, since it would blacken images before they are
     scored, and a flow-matching model's solver becomes the scheduler of the same noise schedule
     (`ddpo.pipeline.scheduler.flow_matching_scheduler`).
 
     Args:
-        path: A folder, a Hugging Face hub id, or `shapes`.
+        path: A folder, a single `.safetensors` file, a Hugging Face hub id, or `shapes`.
         dtype: Of the weights.
         revision: Of the hub repository.
         variant: Of the weight files, such as `fp16`.
+        config: Of a single file: folder or hub id of a pipeline of the same kind; None for the one that diffusers
+            takes (`ddpo.pipeline.single_file`).
         quantization: Of the denoiser's linear layers; None for none.
 
     Raises:
-        FieldError: Neither a pipeline folder nor a hub model that can be reached.
+        FieldError: Neither a pipeline folder, a file nor a hub model that can be reached.
     """
     folder = SHAPES if str(path) == "shapes" else Path(path).expanduser()
+    check_single_file(folder, config=config, revision=revision, variant=variant, quantization=quantization)
+    if folder.is_file():
+        return _prepared(load_single_file(folder, config=config, dtype=dtype))
     if folder.exists():
         check_weights(folder, variant=variant)
         if not (folder / "model_index.json").is_file():
@@ -77,6 +86,11 @@ def load_pipeline(
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         why = reason(error, source, revision=revision)
         raise FieldError("path", source, f"a pipeline that can be loaded ({why})") from error
+    return _prepared(pipeline)
+
+
+def _prepared(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline without its safety checker where it can do without, and with a scheduler that the policy reads."""
     if pipeline.components.get("safety_checker") is not None and "requires_safety_checker" in pipeline.config:
         pipeline.register_modules(safety_checker=None)
         pipeline.register_to_config(requires_safety_checker=False)

@@ -12,7 +12,7 @@ import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -117,13 +117,15 @@ class Policy:
         offload: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        config: str | None = None,
         quantization: Quantization | None = None,
         seed: int = 0,
     ) -> Self:
         """Loads a pipeline by `DiffusionPipeline.from_pretrained` and wraps it.
 
         Args:
-            path: A folder, a Hugging Face hub id, or `shapes` for the small pipeline that ships with ddpo.
+            path: A folder, a single `.safetensors` file, a Hugging Face hub id, or `shapes` for the small pipeline that
+                ships with ddpo.
             sampler: How to sample; default 50 steps with guidance 5 of the sampler that fits the model, `ddim` with
                 eta 1 or `flow_sde` with eta 0.7.
             adapter: What to train; default LoRA of rank 16 on the attention projections.
@@ -132,6 +134,7 @@ class Policy:
             offload: Keep text encoders and VAE on the CPU when they are not in use.
             revision: Of the hub repository.
             variant: Of the weight files, such as `fp16`.
+            config: Of a single file: folder or hub id of a pipeline of the same kind (`ddpo.loading`).
             quantization: Of the denoiser's linear layers (`ddpo.pipeline.quantization`); default none.
             seed: Of the adapter's initialisation.
 
@@ -139,9 +142,8 @@ class Policy:
             FieldError: There is no such folder, and the hub has no such model or cannot be reached.
             UntraceableError: The pipeline does not fit; the message says why.
         """
-        pipeline = load_pipeline(
-            path, dtype=DTYPES[precision], revision=revision, variant=variant, quantization=quantization
-        )
+        source = Source(path=str(path), revision=revision, variant=variant, config=config, quantization=quantization)
+        pipeline = load_pipeline(dtype=DTYPES[precision], **asdict(source))
         return cls(
             pipeline,
             sampler=sampler or default_sampler(pipeline.scheduler),
@@ -150,7 +152,7 @@ class Policy:
             device=device or default_device(),
             offload=offload,
             seed=seed,
-            source=Source(path=str(path), revision=revision, variant=variant, quantization=quantization),
+            source=source,
         )
 
     # ---- what it is -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from trainers.epoch.update import UpdateReport
 from trainers.evaluating import due, evaluate, evaluate_start, is_overoptimised, lacks_evaluation
 from trainers.exports import finish
 from trainers.offline.read import load_judged
-from trainers.parallel.agreement import check_same_config
+from trainers.parallel.agreement import check_same_config, on_main
 from trainers.parallel.interruption import Interrupted, RunStopped
 from trainers.parallel.processes import Processes
 from trainers.planning.plan import BatchPlan, expected_plan
@@ -247,8 +247,7 @@ def _continue(
     with peers_needed(resumed.folder.path), held(resumed.folder, processes):
         source, config = resumed.source(), resumed.config
         done = None if source is None else checkpoint_epoch(source)
-        notices = mend(resumed.folder, done=done, accept=resumed.accept) if processes.is_main else []
-        processes.wait()
+        notices = on_main(lambda: mend(resumed.folder, done=done, accept=resumed.accept), processes) or []
         loaded = loaded or prepare(pinned(config, resumed.folder.path), processes)
         session = make_session(
             config, loaded, processes, resumed.folder, source=source, planned=plan, accept=resumed.accept

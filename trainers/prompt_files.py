@@ -25,7 +25,7 @@ _TABLES: dict[str, tuple[str, dict[str, str]]] = {
     ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
 }
-_SUFFIXES = (".txt", ".jsonl", ".json", *_TABLES)
+SUFFIXES = (".txt", ".jsonl", ".json", *_TABLES)
 
 
 class PromptError(UserError):
@@ -34,7 +34,7 @@ class PromptError(UserError):
 
 def is_file_name(source: str) -> bool:
     """Whether a source is named like a file of prompts."""
-    return source.lower().endswith(_SUFFIXES)
+    return source.lower().endswith(SUFFIXES)
 
 
 def read_file(path: Path) -> Entries:

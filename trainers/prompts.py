@@ -23,7 +23,7 @@ import numpy as np
 from ddpo.pipeline.input_images import IMAGE, InputImageError, check_image, identity
 from ddpo.seeds import Purpose, one_seed, stream
 from ddpo.validation import check, misfit
-from trainers.prompt_files import Entries, PromptError, is_file_name, open_dataset, read_file
+from trainers.prompt_files import SUFFIXES, Entries, PromptError, is_file_name, open_dataset, read_file
 from trainers.shipped_configs import PROMPTS
 
 __all__ = ["Prompt", "PromptConfig", "PromptError", "PromptStream", "as_list", "load_prompts", "to_prompt"]
@@ -141,6 +141,8 @@ def _read(config: PromptConfig) -> Entries:
         return _from_function(config)
     if (PROMPTS / f"{source}.txt").is_file():
         return read_file(PROMPTS / f"{source}.txt")
+    if Path(source).expanduser().is_file():
+        raise PromptError(f"{source}: is a file, and of no kind that prompts are read from: {', '.join(SUFFIXES)}")
     return _from_dataset(config)
 
 

@@ -17,7 +17,7 @@ from trainers.epoch.learning_rate import schedule_notice
 from trainers.epoch.state import TrainState
 from trainers.evaluation.evaluator import Evaluator, evaluation_prompts
 from trainers.offline.read import images_of, load_judged
-from trainers.parallel.agreement import check_same_weights
+from trainers.parallel.agreement import check_same_weights, on_main
 from trainers.parallel.processes import Processes
 from trainers.parallel.rng import seed_rng
 from trainers.parallel.sharding import distribute
@@ -111,7 +111,8 @@ def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | N
     """
     if stem is None:
         stem = Path(config.rewards[0].shown).name.replace(":", "-") if config.rewards else "run"
-    made = _created(config, yaml, stem=stem[:_STEM_LETTERS]) if processes.is_main else None
+    short = stem[:_STEM_LETTERS]
+    made = on_main(lambda: _created(config, yaml, stem=short), processes)
     path = processes.gather_json(made and str(made.path))[0]
     assert isinstance(path, str)
     return made or RunFolder(path=Path(path))

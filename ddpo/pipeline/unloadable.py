@@ -4,7 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpo.validation import FieldError, check
+from ddpo.validation import check
+
+SINGLE_FILE = ".safetensors"
+"""Ending of files that hold all weights of a pipeline."""
 
 _WEIGHTS = (".safetensors", ".bin")
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -41,22 +44,38 @@ def reason(error: Exception, source: str, *, revision: str | None) -> str:
     return first
 
 
-def check_weights(path: Path, *, variant: str | None) -> None:
-    """Refuses a file, and a folder whose weights all are of another variant.
+def check_single_file(path: Path, *, config: str | None, **of_folders: str | None) -> None:
+    """Refuses what does not go together with a single file, or with anything else.
 
     Args:
-        path: A file or folder that exists.
+        path: A file, a folder, or a hub id.
+        config: Where the file's configuration is.
+        **of_folders: Options of folders and of the hub alone, by name.
+
+    Raises:
+        FieldError: The file is of no kind that is read, or an option is for the other one.
+    """
+    if not path.is_file():
+        check(config is None, "config", config, f"null: {path} is no single file")
+        return
+    kind = f"a {SINGLE_FILE} file, or a folder (other forms of checkpoint may run code when they are loaded)"
+    check(path.suffix == SINGLE_FILE, "path", str(path), kind)
+    for name, value in of_folders.items():
+        check(value is None, name, value, f"null for a single file, as {path} is")
+
+
+def check_weights(folder: Path, *, variant: str | None) -> None:
+    """Refuses a folder whose weights all are of another variant.
+
+    Args:
+        folder: Of a pipeline.
         variant: Of the weight files; None for the plain ones.
 
     Raises:
-        FieldError: It is a single file, or has only another variant.
+        FieldError: It has only another variant.
     """
-    if path.is_file():
-        convert = f"StableDiffusionPipeline.from_single_file({str(path)!r}).save_pretrained('FOLDER')"
-        cure = f"a folder; this is a single file: {convert}, or the like with its own class, then name FOLDER"
-        raise FieldError("path", str(path), cure)
-    only = None if variant else only_variant(path)
-    check(only is None, "variant", variant, f"{only}: {path} has no other weights")
+    only = None if variant else only_variant(folder)
+    check(only is None, "variant", variant, f"{only}: {folder} has no other weights")
 
 
 def only_variant(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from ddpo import Policy, SamplerConfig, rollout
 from ddpo.loading import load_pipeline
 from ddpo.validation import FieldError
+from tests.ddpo.single_file import write_single_file
 from tests.ddpo.tools import SIZE, make_policy
 from tests.tiny import tiny_stable_diffusion
 
@@ -78,10 +79,62 @@ def test_a_hub_failure_says_what_to_do(monkeypatch, cause, offline, said):
         load_pipeline("owner/name", dtype=torch.float32, revision="v9")
 
 
-def test_a_single_file_and_a_folder_of_one_variant_come_with_the_cure(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(b"0")
-    with pytest.raises(FieldError, match=r"single file: StableDiffusionPipeline.from_single_file\('.*x.safetensors'\)"):
-        load_pipeline(tmp_path / "x.safetensors", dtype=torch.float32)
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    file = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    write_single_file(tiny_stable_diffusion(), file)
+    return file
+
+
+def test_a_single_file_loads_as_the_same_policy(single, saved):
+    """With the settings of another model of the same kind, whose weights differ."""
+    other = shutil.copytree(saved, single.parent / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
+    loaded = Policy.from_pretrained(single, config=str(other), sampler=SAMPLER, device="cpu")
+    built = make_policy(num_steps=2)
+    one, two = (rollout(p, p.encode(["a cat"]), torch.tensor([3])) for p in (loaded, built))
+    torch.testing.assert_close(one.latents, two.latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded.decode(one.final), built.decode(one.final), rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_file_without_settings_at_hand_says_where_to_name_them(single):
+    """diffusers takes the weights for those of Stable Diffusion 1.5, whose settings are on the hub."""
+    with pytest.raises(FieldError, match="config must be a folder of a pipeline of the same kind.*diffusion-v1"):
+        load_pipeline(single, dtype=torch.float32)
+    (single.parent / "cut.safetensors").write_bytes(single.read_bytes()[:1000])
+    with pytest.raises(FieldError, match="path must be a file of weights"):
+        load_pipeline(single.parent / "cut.safetensors", dtype=torch.float32)
+
+
+def test_a_single_file_of_other_sizes_than_the_settings_is_refused(single, saved, tmp_path):
+    settings = shutil.copytree(saved, tmp_path / "settings")
+    config = settings / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
+    with pytest.raises(FieldError, match="path must be a file that can be loaded .as StableDiffusionPipeline with the"):
+        load_pipeline(single, config=str(settings), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"variant": "fp16"}, "variant must be null for a single file"),
+        ({"revision": "main"}, "revision must be null for a single file"),
+        ({"quantization": "torchao_int8"}, "quantization must be null for a single file"),
+    ],
+)
+def test_options_of_folders_are_refused_for_a_single_file(single, options, said):
+    with pytest.raises(FieldError, match=said):
+        load_pipeline(single, dtype=torch.float32, **options)
+
+
+def test_settings_beside_a_folder_and_files_that_may_run_code_are_refused(saved, tmp_path):
+    with pytest.raises(FieldError, match="config must be null: .* is no single file"):
+        load_pipeline(saved, dtype=torch.float32, config="x")
+    (tmp_path / "x.ckpt").write_bytes(b"0")
+    with pytest.raises(FieldError, match="path must be a .safetensors file, or a folder"):
+        load_pipeline(tmp_path / "x.ckpt", dtype=torch.float32)
+
+
+def test_a_folder_of_one_variant_comes_with_the_cure(tmp_path):
     tiny_stable_diffusion().save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="400KB")
     with pytest.raises(FieldError, match=r"variant must be fp16: .*half has no other weights, got None"):
         load_pipeline(tmp_path / "half", dtype=torch.float32)

@@ -85,6 +85,11 @@ def test_a_list_of_plain_texts_in_json_and_a_text_file_in_capitals(tmp_path):
     assert load(tmp_path / "a.json") == load(tmp_path / "A.TXT") == [Prompt(text="a cat"), Prompt(text="a dog")]
 
 
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "prompts.docx").write_bytes(b"PK")
+    assert refusal(tmp_path / "prompts.docx").endswith("read from: .txt, .jsonl, .json, .csv, .tsv, .parquet")
+
+
 def test_lines_that_begin_with_a_hash_and_a_blank_are_comments(tmp_path):
     (tmp_path / "a.txt").write_text("# animals\na cat\n#\n#1 dad mug\n")
     assert [prompt.text for prompt in load(tmp_path / "a.txt")] == ["a cat", "#1 dad mug"]

@@ -152,7 +152,11 @@ def _save_merged(
 ) -> None:
     """The stock pipeline with the trained weights in place of the pretrained ones."""
     pipeline = load_pipeline(
-        config.model.path, dtype=torch.float32, revision=config.model.revision, variant=config.model.variant
+        config.model.path,
+        dtype=torch.float32,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        config=config.model.config,
     )
     network = policy.denoiser.module
     if isinstance(policy.adapter, LoraConfig):

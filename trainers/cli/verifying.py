@@ -60,7 +60,7 @@ def _add_verify(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="with --policy: of the network"
     )
-    parser.set_defaults(height=None, width=None, level="fast")
+    parser.set_defaults(config=None, height=None, width=None, level="fast")
 
 
 _CHECK_EPILOG = """\
@@ -77,7 +77,8 @@ Exit status 1 when a measurement is outside its tolerance, 2 with the reason whe
 
 def _add_check(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = command(commands, "check", _check, "whether a pipeline can be trained: the table", epilog=_CHECK_EPILOG)
-    parser.add_argument("model", type=model, metavar="MODEL", help="a folder, a hub id, or shapes")
+    parser.add_argument("model", type=model, metavar="MODEL", help="a folder, a single file, a hub id, or shapes")
+    parser.add_argument("--config", metavar="MODEL", help="of a single file: a pipeline of the same kind, for settings")
     parser.add_argument(
         "--sampler",
         dest="sampler_kind",

@@ -24,9 +24,12 @@ class ModelConfig:
     """The pretrained pipeline and where it runs.
 
     Attributes:
-        path: Folder or Hugging Face id of a diffusers text-to-image pipeline; `shapes` is the one shipped here.
+        path: Folder or Hugging Face id of a diffusers text-to-image pipeline, or a single `.safetensors` file of one;
+            `shapes` is the one shipped here.
         revision: Branch, tag or commit on the hub; null takes the main branch.
         variant: Weight file variant, e.g. `fp16`; null takes the plain files.
+        config: Of a single file: folder or Hugging Face id of a pipeline of the same kind, for settings, tokenizers and
+            networks that the file lacks; null takes the one that diffusers knows such weights by.
         precision: Number format of the networks; latents and advantages are always float32, log-probabilities float64.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about 1.3 times the time.
         offload: Keep the text encoder and the VAE on the CPU while they are not needed; an epoch's prompts are encoded
@@ -46,6 +49,7 @@ class ModelConfig:
     path: str = "shapes"
     revision: str | None = None
     variant: str | None = None
+    config: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     offload: bool = False
@@ -56,7 +60,12 @@ class ModelConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        check(bool(self.path.strip()), "path", self.path, "a folder or a Hugging Face id")
+        check(bool(self.path.strip()), "path", self.path, "a folder, a file or a Hugging Face id")
+
+    @property
+    def described(self) -> str:
+        """Where the pipeline's configuration files are, as far as that is known before it is loaded."""
+        return self.config or self.path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Where a configuration's files lie, as opposed to what they are: hashes say that, so a place may change on a resume.
 
-Places are `model.path` and `model.revision`, prompt files, judged images, the files in `file.py:name`, and options of
-rewards that name a file or folder. A run keeps them absolute, to go on from whatever folder it is resumed in.
+Places are `model.path`, `model.config` and `model.revision`, prompt files, judged images, the files in `file.py:name`,
+and options of rewards that name a file or folder. A run keeps them absolute, to go on from whatever folder it is
+resumed in.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ def absolute(config: Config) -> Config:
     """The configuration with every relative place of something that exists made absolute."""
     return replace(
         config,
-        model=replace(config.model, path=_absolute(config.model.path, folder=True)),
+        model=replace(config.model, path=_absolute(config.model.path), config=_absolute_folder(config.model.config)),
         rewards=tuple(map(_absolute_term, config.rewards)),
         heldout_rewards=tuple(map(_absolute_term, config.heldout_rewards)),
         constraints=tuple(replace(bound, reward=_absolute_spec(bound.reward)) for bound in config.constraints),
@@ -31,9 +32,13 @@ def absolute(config: Config) -> Config:
     )
 
 
-def _absolute(place: str, *, folder: bool = False) -> str:
+def _absolute(place: str) -> str:
     path = Path(place).expanduser()
-    return str(path.absolute()) if (path.is_dir() if folder else path.exists()) else place
+    return str(path.absolute()) if path.exists() else place
+
+
+def _absolute_folder(place: str | None) -> str | None:
+    return None if place is None else _absolute(place)
 
 
 def _absolute_spec(spec: str) -> str:
@@ -69,7 +74,7 @@ def moved(saved: Config, wanted: Config) -> Config:
         offline=judged
         if judged is None or others is None
         else replace(judged, source=others.source, cache=others.cache),
-        model=replace(saved.model, path=wanted.model.path, revision=wanted.model.revision),
+        model=replace(saved.model, path=wanted.model.path, revision=wanted.model.revision, config=wanted.model.config),
         rewards=_moved_terms(saved.rewards, wanted.rewards),
         heldout_rewards=_moved_terms(saved.heldout_rewards, wanted.heldout_rewards),
         constraints=tuple(

@@ -6,8 +6,8 @@
 Values are YAML; where a key holds text, the value is taken as it is, and where it holds a list of words, one word is a
 list of one. A key that says what its group is about drops what
 the file says of the former thing: a `kind` the keys of the other kind, a reward's `name` its weight and options, a
-bound's `reward` the bound, `model.path` revision and variant. Those keys are applied first, so order on the command
-line does not matter.
+bound's `reward` the bound, `model.path` revision, variant and config. Those keys are applied first, so order on the
+command line does not matter.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SOURCE = "command line"
 _ABOUT: dict[object, tuple[str, tuple[str, ...]]] = {
     RewardTerm: ("name", ("weight", "normalize", "options", "schedule", "label")),
     Constraint: ("reward", ("at_least", "at_most", "method", "penalty", "rate", "multiplier", "margin")),
-    ModelConfig: ("path", ("revision", "variant")),
+    ModelConfig: ("path", ("revision", "variant", "config")),
 }
 """Of a group, the key that says what it is about, and those that mean nothing for another thing."""
 

@@ -6,8 +6,9 @@ all of them, and told by one.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,35 @@ from trainers.parallel.processes import Processes
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 4
 
+Made = TypeVar("Made")
+
 
 class ToldElsewhere(UserError):
     """An error that another process of the run tells."""
+
+
+def on_main(work: Callable[[], Made], processes: Processes) -> Made | None:
+    """Does on the main process what it alone does, and fails on all where it fails.
+
+    Args:
+        work: Meets no other process.
+        processes: Who shares the run; all call this at the same place.
+
+    Returns:
+        What the work gives; None on the others.
+
+    Raises:
+        Exception: What the work raised on the main process; `ToldElsewhere` on the others.
+    """
+    made, failure = None, None
+    if processes.is_main:
+        try:
+            made = work()
+        except Exception as error:
+            failure = error
+    if processes.agreed(failure is not None):
+        raise failure or ToldElsewhere("the main process has failed, and tells why")
+    return made
 
 
 def check_same_config(config: object, processes: Processes, **call: object) -> None:

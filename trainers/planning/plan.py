@@ -180,7 +180,7 @@ def expected_plan(config: Config, *, num_processes: int, rank: int | None = None
     Raises:
         PlanError: As of `make_plan`.
     """
-    stacked = stacks_guidance(config.model.path)
+    stacked = stacks_guidance(config.model.described)
     guided = config.sampler.guidance_scale > 1
     plan = make_plan(
         config,

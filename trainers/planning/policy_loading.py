@@ -21,6 +21,7 @@ def load_policy(config: Config, device: str) -> Policy:
             offload=config.model.offload,
             revision=config.model.revision,
             variant=config.model.variant,
+            config=config.model.config,
             quantization=config.model.quantization,
             seed=config.seed,
         )

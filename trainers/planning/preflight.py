@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo.pipeline.unloadable import check_weights
+from ddpo.pipeline.unloadable import check_single_file, check_weights
 from ddpo.validation import within
 from rewards import RewardTerm
 from rewards.base import UserError
@@ -68,9 +68,16 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
     """Refuses a folder that does not exist; whether a hub id (`owner/name`) exists shows only when it is loaded."""
     path = Path(config.model.path).expanduser()
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
-    if path.is_file() or (path / INDEX).is_file():
-        with within("model"):
-            check_weights(path, variant=config.model.variant)
+    model = config.model
+    with within("model"):
+        check_single_file(
+            path, config=model.config, revision=model.revision, variant=model.variant, quantization=model.quantization
+        )
+        if (path / INDEX).is_file():
+            check_weights(path, variant=model.variant)
+    if path.is_file():
+        _check_config_folder(model.config)
+        return
     if path.is_dir() and not (path / INDEX).is_file():
         raise ConfigError(f"model.path: {path} is a folder without model_index.json, so no diffusers pipeline")
     if path.is_dir() and not read_classes(path):
@@ -78,6 +85,12 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
     if looks_local and not path.is_dir():
         moved = "; name where it is now with --model.path" if resumed else ""
         raise ConfigError(f"model.path: there is no folder {path} (looked for {path.absolute()}){moved}")
+
+
+def _check_config_folder(place: str | None) -> None:
+    """Refuses a folder that a single file's settings are to come from and that has none."""
+    if place is not None and place.startswith((".", "/", "~")) and not (Path(place).expanduser() / INDEX).is_file():
+        raise ConfigError(f"model.config: there is no {INDEX} in {Path(place).expanduser().absolute()}")
 
 
 def check_device(config: Config, *, here: bool) -> None:

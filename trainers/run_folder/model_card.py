@@ -157,5 +157,10 @@ def _loading(policy: Policy, base: str, config: Config, *, lora: bool) -> str:
     scheduler, call = _call(policy, config)
     imports[-1] += f", {scheduler}" if scheduler else ""
     chosen = [f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)"] if scheduler else []
-    lines = [*imports, "", f"pipe = DiffusionPipeline.from_pretrained({source})", *loads, *chosen, *call]
+    made = f"DiffusionPipeline.from_pretrained({source})"
+    if Path(base).is_file():
+        imports[0] = imports[0].replace("DiffusionPipeline", type(pipeline).__name__)
+        named = "" if config.model.config is None else f', config="{config.model.config}"'
+        made = f"{type(pipeline).__name__}.from_single_file({source}{named})"
+    lines = [*imports, "", f"pipe = {made}", *loads, *chosen, *call]
     return "```python\n" + "\n".join(lines) + "\n```"

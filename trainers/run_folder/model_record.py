@@ -30,6 +30,7 @@ from torch import nn
 from ddpo import LoraConfig, Policy
 from ddpo.loading import SHAPES, Source
 from trainers.config import Config
+from trainers.parallel.agreement import on_main
 from trainers.parallel.processes import Processes
 from trainers.run_folder.folder import RunError
 from trainers.run_folder.ledger import replace_text
@@ -92,8 +93,8 @@ def record_model(
     Raises:
         RunError: It is another one.
     """
-    now = find_model(policy, config) if processes.is_main else None
-    saved = read_record(run, MODEL) if processes.is_main else None
+    now = on_main(lambda: find_model(policy, config), processes)
+    saved = on_main(lambda: read_record(run, MODEL), processes)
     before = now if not isinstance(saved, dict) else _as_files(saved)
     difference = None if before is None or now is None else before.difference(now)
     told = processes.gather_json(difference)[0]
@@ -157,8 +158,8 @@ def find_model(policy: Policy, config: Config) -> ModelFiles:
 def _folder(source: Source) -> Path | None:
     """Where a pipeline's files are on this machine; None where they cannot be found again."""
     local = SHAPES if source.path == "shapes" else Path(source.path).expanduser()
-    if local.is_dir():
-        return local
+    if local.exists():
+        return local if local.is_dir() else None  # of a single file, the tensors are what is known of it
     found = try_to_load_from_cache(source.path, INDEX, revision=source.revision)
     return Path(found).parent if isinstance(found, str) else None
 

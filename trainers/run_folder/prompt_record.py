@@ -16,6 +16,7 @@ from PIL import Image
 
 from ddpo.pipeline.input_images import IMAGE, identity
 from ddpo.validation import UserError
+from trainers.parallel.agreement import on_main
 from trainers.parallel.processes import Processes
 from trainers.prompts import Prompt
 from trainers.run_folder.records import read_record, write_record
@@ -56,7 +57,8 @@ def record_prompts(
     for rank, theirs in enumerate(everyones):
         if theirs != everyones[0]:
             raise UserError(f"process {rank} reads other prompts than process 0: give all machines the same files")
-    saved = processes.gather_json(read_record(run, PROMPTS) if processes.is_main else None)[0] or {**now, "earlier": []}
+    recorded = on_main(lambda: read_record(run, PROMPTS), processes)
+    saved = processes.gather_json(recorded)[0] or {**now, "earlier": []}
     assert isinstance(saved, dict)
     if "prompts" not in accept:
         _compare(run, saved["evaluation"], now["evaluation"])

@@ -69,7 +69,7 @@ def with_policy(config: Config, policy: Policy, *, moved: bool = False) -> Confi
     }
     if policy.adapter is not None:
         pairs["adapter"] = (config.adapter, policy.adapter)
-    for key in ("model.path", "model.revision") if moved else ():
+    for key in ("model.path", "model.revision", "model.config") if moved else ():
         pairs.pop(key, None)
     default = Config()
     for key, (told, real) in pairs.items():

@@ -11,6 +11,7 @@ from rewards import WeightedSum
 from rewards.identity import identify
 from rewards.registry import BUILT_IN
 from trainers.config.locations import placeless
+from trainers.parallel.agreement import on_main
 from trainers.parallel.processes import Processes
 from trainers.run_folder.records import read_record, write_record
 from trainers.tracking.progress import Progress
@@ -46,9 +47,10 @@ def record_rewards(
         for group, term, one in scored
     ]
     _compare_processes(entries, processes)
+    recorded = on_main(lambda: read_record(run, REWARDS), processes)
     if not processes.is_main:
         return
-    saved = read_record(run, REWARDS) or {"rewards": entries, "earlier": []}
+    saved = recorded or {"rewards": entries, "earlier": []}
     assert isinstance(saved, dict)
     before = {(entry["group"], entry["name"]): entry for entry in saved["rewards"]}
     replaced = []

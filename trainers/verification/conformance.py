@@ -66,7 +66,8 @@ class SubjectRequest:
     """A pipeline to be checked, and how it is sampled.
 
     Attributes:
-        model: Folder or hub id of a pipeline, or `shapes`.
+        model: Folder, single file or hub id of a pipeline, or `shapes`.
+        config: Of a single file: folder or hub id of a pipeline of the same kind; None for what diffusers takes.
         sampler_kind: A stochastic sampler; None takes the one that fits the model.
         num_steps: Denoising steps.
         guidance_scale: Guidance as the pipeline defines it.
@@ -76,6 +77,7 @@ class SubjectRequest:
     """
 
     model: str | Path
+    config: str | None
     sampler_kind: SamplerKind | None
     num_steps: int
     guidance_scale: float
@@ -93,15 +95,13 @@ def load_subject(request: SubjectRequest) -> "Subject":
         UserError: Its scheduler does not fit.
     """
     precision, steps, guidance = request.precision, request.num_steps, request.guidance_scale
-    pipeline = load_pipeline(request.model, dtype=DTYPES[precision])
+    load = partial(load_pipeline, request.model, dtype=DTYPES[precision], config=request.config)
+    pipeline = load()
     fitting = default_sampler(pipeline.scheduler, num_steps=steps, guidance_scale=guidance, kind=request.sampler_kind)
     sampler = replace(fitting, height=request.height, width=request.width)
     settings = f"{sampler.kind}, eta {sampler.eta:g}, {steps} steps, guidance {guidance:g}, {precision}"
     print(f"{type(pipeline).__name__}: {settings}", file=sys.stderr)  # noqa: T201
-    return make_subject(
-        pipeline, sampler=sampler, precision=precision, device=default_device(),
-        fresh=lambda: load_pipeline(request.model, dtype=DTYPES[precision]),
-    )  # fmt: skip
+    return make_subject(pipeline, sampler=sampler, precision=precision, device=default_device(), fresh=load)
 
 
 @dataclass(frozen=True, kw_only=True)

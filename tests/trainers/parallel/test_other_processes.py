@@ -126,6 +126,18 @@ def test_a_process_that_loses_another_names_the_last_checkpoint_and_can_be_reque
     assert in_processes(command, ["train", "--resume", str(run)], count=2, log=log) == [0, 0]
 
 
+def test_a_name_that_is_taken_is_told_once_and_asks_for_no_requeue(config: Path) -> None:
+    """The main process alone makes the folder; the other one waits for its name."""
+    taken, log = config.parent / "runs" / "taken", config.parent / "taken.log"
+    metrics = taken / "metrics.jsonl"
+    taken.mkdir(parents=True)
+    metrics.write_text('{"epoch": 1}\n')
+    assert in_processes(command, ["train", str(config), "--run.name", "taken", *SMALL], count=2, log=log) == [2, 2]
+    (line,) = errors(log)
+    assert line.startswith(f"error (process 0): {taken} exists already")
+    assert metrics.read_text() == '{"epoch": 1}\n'
+
+
 def test_a_fingerprint_tells_weights_types_and_names_and_not_devices_or_order() -> None:
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

@@ -21,7 +21,7 @@ def describe(config: Config, plan: BatchPlan, *, utilisation: float, as_json: bo
         as_json: For programs.
     """
     try:
-        blueprint = read_blueprint(config.model.path)
+        blueprint = read_blueprint(config.model.described)
     except ConfigError as error:
         return json.dumps({"plan": asdict(plan), "estimate": None, "reason": str(error)}) if as_json else f"\n{error}"
     estimated = estimate(config, blueprint, plan)
