@@ -185,8 +185,8 @@ def foresight(worth: Tensor, kl: EpochKL | None, expected: Expected, *, alpha: f
         expected: Of the samples.
         alpha: Weight of the KL.
     """
-    is_weighed = kl is not None and kl.of_all is not None
-    earned = -alpha * kl.of_all.double() if is_weighed else torch.zeros_like(expected.values)
+    cost = None if kl is None else kl.of_all
+    earned = torch.zeros_like(expected.values) if cost is None else -alpha * cost.double()
     found = returns(worth.double(), earned)
     error = float((found - expected.values).square().mean().sqrt())
     return Foresight(explained=explained_variance(found, expected.values), error=error)

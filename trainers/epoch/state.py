@@ -106,14 +106,14 @@ class TrainState:
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
         """The state before the first epoch."""
         fp16 = config.model.precision == "fp16"
-        critic, learners = None, (policy_learner(config, policy),)
+        critic, learners = None, [policy_learner(config, policy)]
         if config.critic.is_on:
             critic, of_critic = make_critic(config, policy, reward, prompts.entries[0])
-            learners = (*learners, of_critic)
+            learners.append(of_critic)
         return cls(
             config=config,
             policy=policy,
-            learners=learners,
+            learners=tuple(learners),
             scaler=torch.amp.GradScaler(policy.device.type, init_scale=1024.0, enabled=fp16),
             advantages=AdvantageEstimator(config.advantages),
             reward=reward,
