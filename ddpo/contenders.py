@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ddpo.rollout import weights_of
 from ddpo.seeds import fill_normal, stream
+from ddpo.steering.base import weights_of
 from ddpo.trajectory import Trajectory
 
 if TYPE_CHECKING:  # the policy loads diffusers

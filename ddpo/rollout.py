@@ -5,7 +5,6 @@ process that draws it (to the rounding of the network's batched kernels). B is t
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,13 @@ from torch import Tensor
 from ddpo.path_kl import kl_to_reference
 from ddpo.sampling.gaussian import Gaussian
 from ddpo.sampling.schedule import Schedule
-from ddpo.steering.base import Draw, State, Steer, Unsteered
+from ddpo.steering.base import Draw, State, Steer, weights_of
 from ddpo.trajectory import Condition, Keep, Sites, Trajectory, Visits
 
 if TYPE_CHECKING:  # the policy loads diffusers
     from ddpo.policy import Policy
 
-UNSTEERED = Unsteered()
+UNSTEERED = Steer()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +163,6 @@ def chain(
             x, trained = x[ancestors], replace(trained, mean=trained.mean[ancestors])
         yield Step(k=k, before=x, recorded=trained, after=selection.latents, ancestors=ancestors, steer=steer)
         x, outputs = selection.latents, selection.outputs
-
-
-def weights_of(policy: "Policy", k: int) -> AbstractContextManager[None]:
-    """The weights that make step k: the trained ones, or the pretrained where the schedule says so."""
-    is_theirs = k in policy.schedule.pretrained_steps
-    return policy.reference(grad=torch.is_grad_enabled()) if is_theirs else nullcontext()
 
 
 class _Record:

@@ -4,21 +4,19 @@ Sample i is a function of its prompt, its seed and the steering: not of the batc
 batched kernels). All particles of a sample are in one batch. G samples, P particles.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpo.rollout import chain
 from ddpo.seeds import sample_seeds
-from ddpo.steering.base import Steer
-from ddpo.steering.feynman_kac import FeynmanKac, Score
+from ddpo.steering.base import Score, Steer
 from ddpo.steering.kinds import Kind
 from ddpo.steering.particles import particle_seeds, resample, uniforms
-from ddpo.trajectory import Condition
+from ddpo.trajectory import Condition, Trajectory
 from ddpo.validation import FieldError, UserError
 
 if TYPE_CHECKING:  # the policy loads diffusers
@@ -62,6 +60,21 @@ class SteeredSamples:
     cost: Cost = field(default_factory=Cost)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """How an epoch's samples are steered.
+
+    Attributes:
+        kind: The method.
+        reward: What it steers by.
+        batch_size: Rows of one call of the network.
+    """
+
+    kind: Kind
+    reward: RewardOf
+    batch_size: int
+
+
 @torch.no_grad()
 def steered_samples(
     policy: "Policy",
@@ -72,6 +85,7 @@ def steered_samples(
     seeds: Tensor | None = None,
     metadata: Sequence[Mapping[str, object]] | None = None,
     batch_size: int = 16,
+    advance: Callable[[int], None] = lambda samples: None,
 ) -> SteeredSamples:
     """One sample for each prompt, steered towards a reward.
 
@@ -83,6 +97,7 @@ def steered_samples(
         seeds: Of the samples, (G,) int64; default those of the first G samples of run seed 0.
         metadata: G dictionaries; default empty ones.
         batch_size: Rows of one call of the network; at least the steering's particles.
+        advance: Told after every step how many samples have taken it.
 
     Raises:
         UserError: The steering needs noise or a gradient that is not there, its particles do not fit into a batch, or
@@ -90,13 +105,14 @@ def steered_samples(
     """
     given = [{} for _ in prompts] if metadata is None else list(metadata)
     seeds = sample_seeds(0, 0, range(len(prompts))) if seeds is None else seeds.cpu()
-    _check(policy, steer, batch_size=batch_size)
+    check_noise(steer, has_noise=bool(policy.schedule.stochastic_steps))
+    check_particles(steer, batch_size=batch_size)
     if not len(prompts) == len(seeds) == len(given):
         raise UserError(f"give one seed and metadata a prompt, got {len(prompts)}, {len(seeds)}, {len(given)}")
     cost, size, parts = Cost(), batch_size // steer.particles, []
     for start in range(0, len(prompts), size):
         own = slice(start, start + size)
-        parts.append(_batch(policy, prompts[own], reward, steer, seeds[own], given[own], cost))
+        parts.append(_batch(policy, prompts[own], reward, steer, seeds[own], given[own], cost, advance))
     zs = [part.log_z for part in parts if part.log_z is not None]
     return SteeredSamples(
         latents=torch.cat([part.latents for part in parts]),
@@ -108,21 +124,87 @@ def steered_samples(
     )
 
 
-def steered_ends(policy: "Policy", condition: Condition, seeds: Tensor, steer: Steer) -> tuple[Tensor, Steer]:
-    """The clean latents of steered chains, (B, *latent), and the steering after the last step."""
+def steered_trajectory(
+    policy: "Policy",
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, object]],
+    seeds: Tensor,
+    *,
+    steering: Steering,
+) -> Trajectory:
+    """Steered samples as what learns from clean latents takes them: without log-probabilities, which are not theirs.
+
+    Args:
+        policy: What is sampled from.
+        prompts: B texts.
+        metadata: B dictionaries.
+        seeds: (B,) int64.
+        steering: How.
+    """
+    made = steered_samples(
+        policy,
+        prompts,
+        steering.reward,
+        steer=steering.kind,
+        seeds=seeds,
+        metadata=metadata,
+        batch_size=steering.batch_size,
+    )
+    latents = made.latents.to(policy.device)
+    return Trajectory(
+        latents=latents[:, None],
+        log_probs=latents.new_zeros(len(seeds), policy.schedule.num_steps, dtype=torch.float64),
+        kl=None,
+        condition=policy.encode(prompts, metadata),
+        seeds=seeds,
+        schedule=policy.schedule,
+    )
+
+
+def steered_ends(
+    policy: "Policy",
+    condition: Condition,
+    seeds: Tensor,
+    steer: Steer,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Steer]:
+    """The clean latents of steered chains, (B, *latent), and the steering after the last step.
+
+    Args:
+        policy: What is sampled from.
+        condition: B rows.
+        seeds: Of the chains, (B,) int64.
+        steer: Of the first step.
+        advance: Told after every step.
+    """
     noise = policy.noise(seeds)
     x = noise[:, 0]
     for step in chain(policy, x, condition, noise, seeds, steer=steer):
         x, steer = step.after, step.steer
+        advance()
     return x, steer
 
 
-def _check(policy: "Policy", steer: Kind, *, batch_size: int) -> None:
-    if steer.needs_noise and not policy.schedule.stochastic_steps:
+def check_noise(steer: Kind, *, has_noise: bool) -> None:
+    """Refuses a chain without noise for a steering that acts through it.
+
+    Raises:
+        UserError: There is none.
+    """
+    if steer.needs_noise and not has_noise:
         raise UserError(
-            f"{type(steer).__name__} needs a sampler with noise, and no step of {policy.sampler.kind!r} has any; take "
-            "ddim with eta 1 or flow_sde, or best_of_n, which needs none"
+            f"{steer.kind} needs a sampler with noise, such as ddim with eta 1 or flow_sde, and no step has any; take "
+            "one, or best_of_n, which needs none"
         )
+
+
+def check_particles(steer: Kind, *, batch_size: int) -> None:
+    """Refuses more particles than are in a batch.
+
+    Raises:
+        FieldError: There are more.
+    """
     if steer.particles > batch_size:
         raise FieldError("particles", steer.particles, f"at most the batch size, {batch_size}, as all are in one batch")
 
@@ -135,6 +217,7 @@ def _batch(
     seeds: Tensor,
     metadata: list[Mapping[str, object]],
     cost: Cost,
+    advance: Callable[[int], None],
 ) -> SteeredSamples:
     """Whole groups of particles together."""
     count = steer.particles
@@ -142,20 +225,24 @@ def _batch(
     theirs = [entry for entry in metadata for _ in range(count)]
     seen = list(policy.rewards_metadata(texts, theirs))
     score = _score(reward, texts, seen, cost)
-    condition, begun = policy.encode(texts, theirs), steer.begin(score, policy.schedule)
-    with _counting(policy.denoiser.module, cost):  # encoding runs the pipeline without its network
-        ends, last = steered_ends(policy, condition, particle_seeds(seeds, count), begun)
+    condition, before = policy.encode(texts, theirs), policy.denoiser.network.rows
+    begun = steer.begin(score, policy.schedule)
+    ends, last = steered_ends(
+        policy, condition, particle_seeds(seeds, count), begun, advance=lambda: advance(len(seeds))
+    )
+    cost.network += policy.denoiser.network.rows - before
     images = policy.decode(ends)
-    scores = score(images, torch.arange(len(ends))).float().cpu().view(-1, count)
-    log_weights = steer.log_weights(last, scores.double())
-    chosen = resample(log_weights, uniforms(seeds, policy.schedule.num_steps, count), "multinomial")[:, 0]
+    scores = score(images, torch.arange(len(ends))).double().cpu().view(-1, count)
+    weights = last.weigh(scores)
+    numbers = uniforms(seeds, policy.schedule.num_steps, count)
+    chosen = resample(weights.log_weights, numbers, "multinomial")[:, 0]
     rows = torch.arange(len(seeds)) * count + chosen
     return SteeredSamples(
         latents=ends.cpu()[rows],
         images=images.cpu()[rows],
-        scores=scores.flatten()[rows],
+        scores=scores.flatten()[rows].float(),
         particles=chosen,
-        log_z=last.log_z() if isinstance(last, FeynmanKac) else None,
+        log_z=weights.log_z,
         cost=cost,
     )
 
@@ -166,20 +253,3 @@ def _score(reward: RewardOf, texts: list[str], metadata: Sequence[Mapping[str, o
         return reward(images, [texts[row] for row in rows.tolist()], [metadata[row] for row in rows.tolist()])
 
     return score
-
-
-@contextmanager
-def _counting(network: nn.Module, cost: Cost) -> Iterator[None]:
-    """Counts the rows that go through a network."""
-
-    def count(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
-            return  # decoding runs the pipeline with a hollow forward
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
-        cost.network += given[0].shape[0] if given else 1
-
-    handle = network.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

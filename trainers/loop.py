@@ -381,6 +381,8 @@ def _log(
     row = epoch_row(state, collected, report, clock, fitted=fitted)
     session.run.append_metrics(row)
     session.progress.line(epoch_line(row))
+    for finding in session.watch.look(row):
+        session.progress.line(f"WARNING: {finding.sentence} (ddpo doctor {session.run.path})")
     session.tracker.log(scalars(row), step=state.epoch)
     if collected.scores is not None:
         session.tracker.histogram("reward/histogram", collected.scores.total.tolist(), step=state.epoch)

@@ -143,6 +143,7 @@ class Advantages:
     Attributes:
         values: (B, T).
         kl_weight: Weight of each sample's own per-step KL in the loss, alpha over the scale, (B,).
+        scale: What both were divided by, (B,) reward units; infinite where they have none.
         zero_variance_groups: Groups whose scores are all equal to rounding; their samples carry no reward signal.
         clipped: Share of entries that the clip changed, in [0, 1].
         variance_ratio: Of a critic's advantages at steps with noise the mean square, over that of the advantages
@@ -151,6 +152,7 @@ class Advantages:
 
     values: Tensor
     kl_weight: Tensor
+    scale: Tensor
     zero_variance_groups: int
     clipped: float
     variance_ratio: float | None = None
@@ -260,6 +262,7 @@ class AdvantageEstimator:
         return Advantages(
             values=values.clamp(-bound, bound).float(),
             kl_weight=(alpha / scale).float(),
+            scale=scale.float(),
             zero_variance_groups=count_flat_groups(scores, groups),
             clipped=float((values.abs() > bound).double().mean()),
             variance_ratio=ratio,

@@ -15,16 +15,19 @@ class Network:
     Attributes:
         module: The network itself, with its adapter if it has one.
         batch_sizes: Numbers of samples per call that it was compiled for; empty for any number.
+        rows: How many have gone through it, whichever form of it was called.
     """
 
     def __init__(self, module: ModelMixin) -> None:
         """Calls the module itself."""
         self.module = module
         self.batch_sizes: tuple[int, ...] = ()
+        self.rows = 0
         self._called: nn.Module = module
 
-    def __call__(self, **arguments: object) -> tuple[Tensor | list[Tensor], ...]:
-        """Runs what is called at present."""
+    def __call__(self, rows: int, /, **arguments: object) -> tuple[Tensor | list[Tensor], ...]:
+        """Runs what is called at present on latents of so many rows."""
+        self.rows += rows
         return cast("tuple[Tensor | list[Tensor], ...]", self._called(**arguments))
 
     def compile(self, batch_sizes: Collection[int], *, backend: str) -> None:

@@ -1,16 +1,19 @@
-"""What steering is: two hooks in every step of a rollout, both the identity by default.
+"""What steering is: two hooks in every step of a rollout and one at its end, all the identity by default.
 
     state      = x_k, and what the policy sees and would do there
     proposal   = propose(state)                     shift the mean: guidance by a reward or a value
     candidates ~ proposal
     x_{k+1}    = select(draw)                       choose among them: resampling, a corrector
+    weights    = weigh(scores)                      of particles, by which one of them is taken
 
 A steering is a frozen object. It holds what it needs besides the policy, such as a score of images, and what it carries
 from step to step, such as log-weights: each selection names the steering of the next step. B is the batch.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +25,12 @@ from ddpo.trajectory import Condition
 
 if TYPE_CHECKING:  # the policy loads diffusers
     from ddpo.policy import Outputs, Policy
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Rewards (N,) of images (N, 3, H, W) in [0, 1] of these rows (N,) of the batch."""
+
+Value = Callable[[int, Tensor, Condition], Tensor]
+"""V_k(x) in reward units, (B,), of k from 0 to T, states x_k (B, *latent) and their condition; x_T are the ends."""
 
 FIRST_KEY = 2  # second key of a candidate's noise; 0 is the chain's own, 1 that of contenders
 
@@ -96,8 +105,21 @@ class Selection:
     then: "Steer"
 
 
-class Steer(Protocol):
-    """Steers the steps of a rollout."""
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """What a steering says of its particles after the last step. G samples, P particles.
+
+    Attributes:
+        log_weights: By which one particle of each sample is drawn, (G, P) float64, not normalised.
+        log_z: The logarithm of an unbiased estimate of E exp(r / alpha), (G,) float64; None where there is none.
+    """
+
+    log_weights: Tensor
+    log_z: Tensor | None = None
+
+
+class Steer:
+    """Steers the steps of a rollout; what is not overridden leaves the samples as the policy makes them."""
 
     def propose(self, state: State, policy: "Policy") -> Gaussian:
         """What x_{k+1} is drawn from, in place of what the policy would draw it from.
@@ -106,7 +128,7 @@ class Steer(Protocol):
             state: Where the chains stand.
             policy: On the chain that is sampled.
         """
-        ...
+        return state.gaussian
 
     def select(self, draw: Draw, policy: "Policy") -> Selection:
         """The next states.
@@ -115,16 +137,14 @@ class Steer(Protocol):
             draw: What was drawn.
             policy: On the chain that is sampled.
         """
-        ...
-
-
-class Unsteered:
-    """Leaves the samples as the policy makes them."""
-
-    def propose(self, state: State, policy: "Policy") -> Gaussian:
-        """The policy's own distribution."""
-        return state.gaussian
-
-    def select(self, draw: Draw, policy: "Policy") -> Selection:
-        """The candidates."""
         return Selection(latents=draw.candidates, then=self)
+
+    def weigh(self, scores: Tensor) -> Weighing:
+        """The particles after the last step, of the rewards of their images, (G, P) float64; all alike."""
+        return Weighing(log_weights=torch.zeros_like(scores))
+
+
+def weights_of(policy: "Policy", k: int) -> AbstractContextManager[None]:
+    """The weights that make step k: the trained ones, or the pretrained where the schedule says so."""
+    is_theirs = k in policy.schedule.pretrained_steps
+    return policy.reference(grad=torch.is_grad_enabled()) if is_theirs else nullcontext()

@@ -13,24 +13,19 @@ B = G P rows: particles of a sample stand next to each other.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ddpo.sampling.gaussian import Gaussian
-from ddpo.steering.base import Draw, Selection, State
+from ddpo.steering.base import Draw, Score, Selection, State, Steer, Value, Weighing
 from ddpo.steering.particles import Resampling, effective_size, log_mean, resample, uniforms
 
 if TYPE_CHECKING:  # the policy loads diffusers
     from ddpo.policy import Policy
 
 Potential = Literal["difference", "max", "add"]
-
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Rewards (N,) of images (N, 3, H, W) in [0, 1] of these rows (N,) of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,7 @@ class Carried:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeynmanKac:
+class FeynmanKac(Steer):
     """Steers particles; see the module docstring.
 
     Attributes:
@@ -62,6 +57,7 @@ class FeynmanKac:
         potential: Which G_k.
         resampling: How.
         threshold: Resampled where the effective size is below this share of P; 1 for always.
+        value: Takes the place of r(x0_hat(x_k)); None for it.
         carried: None before the first step.
     """
 
@@ -72,34 +68,25 @@ class FeynmanKac:
     potential: Potential = "difference"
     resampling: Resampling = "systematic"
     threshold: float = 0.5
+    value: Value | None = None
     carried: Carried | None = None
 
-    def propose(self, state: State, policy: "Policy") -> Gaussian:
-        """The policy's own distribution."""
-        return state.gaussian
-
     def select(self, draw: Draw, policy: "Policy") -> Selection:
-        """Resamples where weights have become uneven; weighs the ends after the last step."""
+        """Resamples where weights have become uneven."""
         state, carried, ancestors = draw.state, self.carried or self._start(draw), None
         latents = draw.candidates
         if state.k in self.steps:
-            carried, chosen = self._resampled(self._weighed(carried, self._rewards(state.prediction.x0, policy)), state)
+            carried, chosen = self._resampled(self._weighed(carried, self._estimates(state, policy)), state)
             ancestors = chosen.to(latents.device)
             latents = draw.of(ancestors)
-        if state.k == policy.schedule.num_steps - 1:
-            log_weights = carried.log_weights + self._rewards(latents, policy) - carried.spent
-            carried = replace(carried, log_weights=log_weights)
         return Selection(latents=latents, ancestors=ancestors, then=replace(self, carried=carried))
 
-    def log_weights(self) -> Tensor:
-        """Of the particles at the end, (G, P) float64, not normalised."""
+    def weigh(self, scores: Tensor) -> Weighing:
+        """By the last potential, which makes the product of all of them exp(r / alpha)."""
         assert self.carried is not None, "after the last step"
-        return self.carried.log_weights.view(-1, self.particles)
-
-    def log_z(self) -> Tensor:
-        """The logarithm of an unbiased estimate of Z = E exp(r / alpha), (G,) float64; after the last step."""
-        assert self.carried is not None, "after the last step"
-        return self.carried.log_z + log_mean(self.log_weights())
+        left = (self.carried.log_weights - self.carried.spent).view_as(scores)
+        log_weights = left + scores / self.alpha
+        return Weighing(log_weights=log_weights, log_z=self.carried.log_z + log_mean(log_weights))
 
     def _start(self, draw: Draw) -> Carried:
         rows = len(draw.candidates)
@@ -107,9 +94,13 @@ class FeynmanKac:
         first = zeros - math.inf if self.potential == "max" else zeros
         return Carried(log_weights=zeros, spent=zeros, previous=first, log_z=zeros[: rows // self.particles])
 
-    def _rewards(self, clean: Tensor, policy: "Policy") -> Tensor:
-        """Rewards / alpha of clean latents (B, *latent), (B,) float64 on the CPU."""
-        return self.score(policy.decode(clean), torch.arange(len(clean))).double().cpu() / self.alpha
+    def _estimates(self, state: State, policy: "Policy") -> Tensor:
+        """What the reward may become, over alpha, (B,) float64 on the CPU."""
+        if self.value is None:
+            found = self.score(policy.decode(state.prediction.x0), torch.arange(len(state.x)))
+        else:
+            found = self.value(state.k, state.x, state.condition)
+        return found.double().cpu() / self.alpha
 
     def _weighed(self, carried: Carried, reward: Tensor) -> Carried:
         match self.potential:

@@ -1,15 +1,13 @@
-"""The kinds of steering as they are asked for: their numbers, how many particles they need, and which one is taken."""
+"""The kinds of steering as they are asked for: their numbers, and how many particles they need."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-import torch
-from torch import Tensor
-
 from ddpo.sampling.schedule import Schedule
-from ddpo.steering.base import Steer, Unsteered
-from ddpo.steering.feynman_kac import FeynmanKac, Potential, Score
+from ddpo.steering.base import Score, Steer
+from ddpo.steering.best_of_n import Best
+from ddpo.steering.feynman_kac import FeynmanKac, Potential
+from ddpo.steering.langevin import Langevin
 from ddpo.steering.particles import Resampling
 from ddpo.steering.reward_gradient import RewardGradient, Through
 from ddpo.steering.svdd import Svdd
@@ -19,52 +17,84 @@ from ddpo.validation import check
 class Kind(Protocol):
     """A steering before it has a reward and a chain."""
 
-    needs_noise: ClassVar[bool]
-    needs_gradient: ClassVar[bool]
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
 
     @property
     def particles(self) -> int:
         """Chains of a sample."""
         ...
 
-    def begin(self, score: Score, schedule: Schedule) -> Steer:
-        """The steering of a batch."""
+    @property
+    def passes(self) -> int:
+        """Passes of the network a sample and step, at most."""
         ...
 
-    def log_weights(self, end: Steer, scores: Tensor) -> Tensor:
-        """By which one particle of each sample is drawn, (G, P) float64, of their scores (G, P)."""
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it needs a sampler with noise."""
+        ...
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs a reward with a gradient by its images."""
+        ...
+
+    def begin(self, score: Score, schedule: Schedule) -> Steer:
+        """The steering of a batch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN:
-    """The best of N plain samples; its KL to the sampler is at most log N - (N - 1) / N nats.
+    """The best of N plain samples (`ddpo.steering.best_of_n`).
 
     Attributes:
         particles: N.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     needs_noise: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+
     kind: Literal["best_of_n"] = "best_of_n"
     particles: int = 4
 
     def __post_init__(self) -> None:
         check(self.particles >= 1, "particles", self.particles, "at least 1")
 
-    def begin(self, score: Score, schedule: Schedule) -> Steer:
-        """No steering on the way."""
-        return Unsteered()
+    @property
+    def passes(self) -> int:
+        """One for each of N."""
+        return self.particles
 
-    def log_weights(self, end: Steer, scores: Tensor) -> Tensor:
-        """All weight on the best, the first of equals."""
-        best = torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1])
-        return torch.where(best > 0, 0.0, -math.inf).double()
+    def begin(self, score: Score, schedule: Schedule) -> Steer:
+        """The same for every batch."""
+        return Best()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeynmanKacKind:
-    """See `ddpo.steering.feynman_kac`.
+class TiltKind:
+    """What is common to the kinds that aim at the law p(x) exp(r(x) / alpha) / Z.
+
+    Attributes:
+        alpha: Reward units per nat, positive.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    needs_noise: ClassVar[bool] = True
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        check(self.alpha > 0, "alpha", self.alpha, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeynmanKacKind(TiltKind):
+    """Particles that the reward's estimates on the way multiply (`ddpo.steering.feynman_kac`).
 
     Attributes:
         alpha: Reward units per nat, positive.
@@ -75,10 +105,9 @@ class FeynmanKacKind:
         threshold: Where the effective size is below this share of P, in (0, 1]; 1 for always.
     """
 
-    needs_noise: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
+
     kind: Literal["feynman_kac"] = "feynman_kac"
-    alpha: float = 0.1
     particles: int = 4
     every: int = 5
     potential: Potential = "difference"
@@ -86,12 +115,17 @@ class FeynmanKacKind:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        check(self.alpha > 0, "alpha", self.alpha, "positive")
+        super().__post_init__()
         check(self.particles >= 1, "particles", self.particles, "at least 1")
         check(self.every >= 1, "every", self.every, "at least 1")
         check(0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1]")
 
-    def begin(self, score: Score, schedule: Schedule) -> Steer:
+    @property
+    def passes(self) -> int:
+        """One for each particle."""
+        return self.particles
+
+    def begin(self, score: Score, schedule: Schedule) -> FeynmanKac:
         """Particles without weights; they are weighed before noisy steps only."""
         return FeynmanKac(
             score=score,
@@ -103,64 +137,98 @@ class FeynmanKacKind:
             threshold=self.threshold,
         )
 
-    def log_weights(self, end: Steer, scores: Tensor) -> Tensor:
-        """The particles' own."""
-        assert isinstance(end, FeynmanKac)
-        return end.log_weights()
-
 
 @dataclass(frozen=True, kw_only=True)
-class SvddKind:
-    """See `ddpo.steering.svdd`.
+class SvddKind(TiltKind):
+    """Next states chosen among candidates by the reward of what is predicted from them (`ddpo.steering.svdd`).
 
     Attributes:
         alpha: Reward units per nat, positive.
         candidates: M for every next state.
     """
 
-    needs_noise: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     particles: ClassVar[int] = 1
+
     kind: Literal["svdd"] = "svdd"
-    alpha: float = 0.1
     candidates: int = 4
 
     def __post_init__(self) -> None:
-        check(self.alpha > 0, "alpha", self.alpha, "positive")
+        super().__post_init__()
         check(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+
+    @property
+    def passes(self) -> int:
+        """One for each candidate, which serves the next step too."""
+        return self.candidates
 
     def begin(self, score: Score, schedule: Schedule) -> Steer:
         """The same for every batch."""
         return Svdd(score=score, alpha=self.alpha, candidates=self.candidates)
 
-    def log_weights(self, end: Steer, scores: Tensor) -> Tensor:
-        """There is one."""
-        return torch.zeros_like(scores)
-
 
 @dataclass(frozen=True, kw_only=True)
-class RewardGradientKind:
-    """See `ddpo.steering.reward_gradient`.
+class RewardGradientKind(TiltKind):
+    """Means shifted up the gradient of the predicted image's reward (`ddpo.steering.reward_gradient`).
 
     Attributes:
         alpha: Reward units per nat, positive.
         through: What the gradient goes through.
     """
 
-    needs_noise: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     particles: ClassVar[int] = 1
+
     kind: Literal["reward_gradient"] = "reward_gradient"
-    alpha: float = 0.1
     through: Through = "network"
 
-    def __post_init__(self) -> None:
-        check(self.alpha > 0, "alpha", self.alpha, "positive")
+    @property
+    def passes(self) -> int:
+        """That of the step, and one to differentiate."""
+        return 2 if self.through == "network" else 1
 
     def begin(self, score: Score, schedule: Schedule) -> Steer:
         """The same for every batch."""
         return RewardGradient(score=score, alpha=self.alpha, through=self.through)
 
-    def log_weights(self, end: Steer, scores: Tensor) -> Tensor:
-        """There is one."""
-        return torch.zeros_like(scores)
+
+@dataclass(frozen=True, kw_only=True)
+class LangevinKind:
+    """Langevin corrections after every step, with or without the reward (`ddpo.steering.langevin`).
+
+    Attributes:
+        alpha: Reward units per nat, positive; null to leave the reward out.
+        corrections: After every step but the last.
+        step: Size of each, in units of the squared noise level, in (0, 2); null for the published one.
+        ratio: Of noise to drift in the published size.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    needs_noise: ClassVar[bool] = False
+    particles: ClassVar[int] = 1
+
+    kind: Literal["langevin"] = "langevin"
+    alpha: float | None = 0.1
+    corrections: int = 1
+    step: float | None = 0.05
+    ratio: float = 0.16
+
+    def __post_init__(self) -> None:
+        check(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive or null")
+        check(self.corrections >= 1, "corrections", self.corrections, "at least 1")
+        check(self.step is None or 0 < self.step < 2, "step", self.step, "in (0, 2) or null (beyond 2 it diverges)")
+        check(self.ratio > 0, "ratio", self.ratio, "positive")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Where the reward takes part."""
+        return self.alpha is not None
+
+    @property
+    def passes(self) -> int:
+        """That of the step, and one for each correction."""
+        return 1 + self.corrections
+
+    def begin(self, score: Score, schedule: Schedule) -> Steer:
+        """The same for every batch."""
+        return Langevin(score=score, alpha=self.alpha, corrections=self.corrections, step=self.step, ratio=self.ratio)

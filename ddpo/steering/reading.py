@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ddpo.pipeline.features import FeatureReader
 from ddpo.sampling.gaussian import Gaussian
-from ddpo.steering.base import State, Unsteered
+from ddpo.steering.base import State, Steer
 
 if TYPE_CHECKING:  # the policy loads diffusers
     from ddpo.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Unsteered):
+class Reading(Steer):
     """Takes what the network computed for each step.
 
     Attributes:

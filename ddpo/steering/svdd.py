@@ -8,16 +8,13 @@ sampler. Candidate 0 is the chain's own. What the network says of the chosen one
 passes.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ddpo.sampling.gaussian import Gaussian
-from ddpo.steering.base import Draw, Selection, State
-from ddpo.steering.feynman_kac import Score
+from ddpo.steering.base import Draw, Score, Selection, Steer, weights_of
 from ddpo.steering.particles import uniforms
 
 if TYPE_CHECKING:  # the policy loads diffusers
@@ -25,7 +22,7 @@ if TYPE_CHECKING:  # the policy loads diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svdd:
+class Svdd(Steer):
     """Chooses among candidates; see the module docstring.
 
     Attributes:
@@ -37,10 +34,6 @@ class Svdd:
     score: Score
     alpha: float
     candidates: int
-
-    def propose(self, state: State, policy: "Policy") -> Gaussian:
-        """The policy's own distribution."""
-        return state.gaussian
 
     def select(self, draw: Draw, policy: "Policy") -> Selection:
         """One of the candidates; the one there is where the step has no noise."""
@@ -64,7 +57,7 @@ class Svdd:
         after = draw.state.k + 1
         if after == policy.schedule.num_steps:
             return x, None
-        with policy.reference() if after in policy.schedule.pretrained_steps else nullcontext():
+        with weights_of(policy, after):
             outputs = policy.outputs(after, x, draw.state.condition)
         return policy.prediction(after, x, outputs).x0, outputs
 

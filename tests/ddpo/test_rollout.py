@@ -7,7 +7,7 @@ import torch
 
 from ddpo import Keep, LoraConfig, recompute, rollout
 from ddpo.sampling.gaussian import Gaussian
-from ddpo.steering import Selection, Unsteered
+from ddpo.steering import Selection, Steer
 from ddpo.trajectory import Sites
 from tests.ddpo.families import tiny_sd3
 from tests.ddpo.tools import PROMPTS, make_policy, perturb
@@ -109,7 +109,7 @@ def test_the_gradient_of_a_chain_by_its_weights_equals_finite_differences_and_th
 # ---- steering --------------------------------------------------------------------------------------------------------
 
 
-class Shifted(Unsteered):
+class Shifted(Steer):
     """Moves the mean of every step by one standard deviation."""
 
     def propose(self, state, policy):
@@ -118,7 +118,7 @@ class Shifted(Unsteered):
 
 def test_a_shifted_proposal_moves_the_samples_and_the_log_probabilities_stay_the_policys(policy, whole):
     path = rollout(policy, whole.condition, SEEDS, steer=Shifted())
-    assert torch.equal(rollout(policy, whole.condition, SEEDS, steer=Unsteered()).latents, whole.latents)
+    assert torch.equal(rollout(policy, whole.condition, SEEDS, steer=Steer()).latents, whole.latents)
     std = policy.schedule.std[0]
     torch.testing.assert_close(path.state(1), whole.state(1) + std, rtol=1e-5, atol=1e-5)
     for k in policy.schedule.stochastic_steps:
@@ -128,7 +128,7 @@ def test_a_shifted_proposal_moves_the_samples_and_the_log_probabilities_stay_the
 
 
 @dataclass(frozen=True)
-class Swapped(Unsteered):
+class Swapped(Steer):
     """Reverses the rows after every step, and counts the steps in what it carries."""
 
     steps: int = 0

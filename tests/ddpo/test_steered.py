@@ -1,12 +1,24 @@
 """Steered samples: their seeds, their price, what is refused; and the checks of `ddpo verify` on the exact chain."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from ddpo import rollout
+from ddpo.control.checks import guidance
 from ddpo.control.checks import steering as checks
 from ddpo.steered import steered_ends, steered_samples
-from ddpo.steering import BestOfN, FeynmanKacKind, RewardGradientKind, Svdd, SvddKind
+from ddpo.steering import (
+    BestOfN,
+    FeynmanKacKind,
+    LangevinKind,
+    RewardGradientKind,
+    Svdd,
+    SvddKind,
+    ValueKind,
+    ValueParticles,
+)
 from ddpo.steering.particles import particle_seeds, resample
 from ddpo.validation import UserError
 from tests.ddpo.families import tiny_sd3, tiny_sdxl
@@ -20,6 +32,7 @@ KINDS = [
     SvddKind(alpha=0.01, candidates=3),
     RewardGradientKind(alpha=1e-3),
     RewardGradientKind(alpha=1e-3, through="image"),
+    LangevinKind(alpha=1e-3, corrections=2),
 ]
 
 
@@ -73,10 +86,45 @@ def test_the_cost_is_what_the_docs_say(policy, plain):
         (BestOfN(particles=3), 3 * each, 3),
         (SvddKind(candidates=3), each // steps * (1 + 3 * (steps - 1)), None),
         (RewardGradientKind(through="image"), each, None),
+        (RewardGradientKind(), 2 * each, None),
+        (LangevinKind(corrections=2), each // steps * (steps + 2 * (steps - 1)), None),
     ):
         cost = steered_samples(policy, PROMPTS[:1], redness, steer=kind, seeds=SEEDS[:1]).cost
         assert cost.network == rows
         assert scored is None or cost.rewards == scored
+
+
+def test_the_cost_counts_the_network_however_its_forward_is_wrapped(policy, plain, monkeypatch):
+    module = policy.denoiser.module
+    monkeypatch.setattr(module, "forward", partial(type(module).forward, module))  # as offloading hooks do
+    again = steered_samples(policy, PROMPTS, redness, steer=BestOfN(particles=1), seeds=SEEDS)
+    assert again.cost.network == plain.cost.network == 3 * 4 * 2
+
+
+def test_rewards_of_the_pretrained_model_have_gradients_too(policy):
+    with policy.reference():
+        plain = steered_samples(policy, PROMPTS, redness, steer=BestOfN(particles=1), seeds=SEEDS)
+        made = steered_samples(policy, PROMPTS, redness, steer=RewardGradientKind(alpha=1e-3), seeds=SEEDS)
+    assert made.scores.mean() > plain.scores.mean()
+
+
+def test_langevin_corrects_the_ode_and_without_a_reward_takes_the_published_step(policy):
+    plain = steered_samples(policy.noise_free, PROMPTS, redness, steer=BestOfN(particles=1), seeds=SEEDS)
+    for kind in (LangevinKind(alpha=None), LangevinKind(alpha=None, step=None)):
+        made = steered_samples(policy.noise_free, PROMPTS, lambda i, p, m: i.detach()[:, 0].mean((1, 2)), steer=kind,
+                               seeds=SEEDS)  # fmt: skip
+        assert not torch.allclose(made.latents, plain.latents, atol=1e-3)
+        assert torch.isfinite(made.latents).all()
+
+
+def test_a_value_guides_and_weighs_particles(policy, plain):
+    up = ValueKind(value=lambda k, x, condition: x.flatten(1).sum(1), alpha=1.0)
+    assert steered_samples(policy, PROMPTS, redness, steer=up, seeds=SEEDS).latents.mean() > plain.latents.mean() + 0.1
+    of = FeynmanKacKind(alpha=1.0, particles=3, every=1, threshold=1.0)
+    made = steered_samples(policy, PROMPTS, redness, steer=ValueParticles(value=up.value, particles_as=of), seeds=SEEDS)
+    assert made.log_z.shape == (3,)
+    with pytest.raises(UserError, match=r"one number a row with a gradient by the states, got shape \(\), with a"):
+        steered_samples(policy, PROMPTS, redness, steer=ValueKind(value=lambda k, x, c: x.sum()), seeds=SEEDS)
 
 
 @pytest.mark.parametrize("build", [tiny_sdxl, tiny_sd3])
@@ -98,8 +146,11 @@ def test_what_cannot_be_steered_is_refused(policy):
         steered_samples(policy, PROMPTS, redness, steer=BestOfN(particles=17))
     with pytest.raises(UserError, match="no gradient"):
         steered_samples(policy, PROMPTS, lambda i, p, m: redness(i.detach(), p, m), steer=RewardGradientKind())
-    with pytest.raises(UserError, match="alpha must be positive"):
-        SvddKind(alpha=0.0)
+    for kind in (SvddKind, FeynmanKacKind, RewardGradientKind, LangevinKind):
+        with pytest.raises(UserError, match="alpha must be positive"):
+            kind(alpha=0.0)
+    with pytest.raises(UserError, match=r"step must be in \(0, 2\) or null"):
+        LangevinKind(step=2.0)
     made = steered_samples(policy.noise_free, PROMPTS[:1], redness, steer=BestOfN(particles=2))
     assert torch.isfinite(made.scores).all()
 
@@ -118,7 +169,7 @@ def test_particles_have_seeds_of_their_own():
     assert len(seeds.unique()) == 12
 
 
-@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)
+@pytest.mark.parametrize("check", [*checks.CHECKS, *guidance.CHECKS], ids=lambda check: check.name)
 def test_the_checks_pass(check):
     for found in check.run():
         assert found.passed, found

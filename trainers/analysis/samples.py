@@ -7,10 +7,7 @@ Every call writes a folder of its own: `before_after.png`, the fine-tuned model'
  "images": [{"file", "prompt", "input", "noise_seed", "pretrained": {REWARD: score}, "fine-tuned": {REWARD: score}}]}
 """
 
-import json
 import math
-import re
-import shutil
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from ddpo import Policy
-from ddpo.pipeline.input_images import IMAGE, check_image, rewards_metadata
-from ddpo.validation import UserError
+from ddpo.pipeline.input_images import IMAGE, rewards_metadata
 from rewards import RewardError
 from trainers.analysis.comparison import make_evaluator, open_run
+from trainers.analysis.picture_folder import check_new, numbered_folder, with_images, write_pictures
 from trainers.analysis.tuned_model import TunedModel, load_tuned
 from trainers.config.io import ConfigFile
 from trainers.config.resumed import load_moved
@@ -34,10 +30,7 @@ from trainers.epoch.report import BEFORE_AFTER, shown_inputs
 from trainers.evaluation.evaluator import Evaluator, ImageSlot, sample_images
 from trainers.parallel.processes import Processes
 from trainers.prompts import Prompt
-from trainers.run_folder.ledger import replace_text
-from trainers.tracking.pictures import side_by_side, to_pil
-
-RECORD = "samples.json"
+from trainers.tracking.pictures import side_by_side
 
 SamplerChoice = Literal["evaluation", "rollout"]
 
@@ -84,9 +77,8 @@ def sample_run(run: Path, request: SampleRequest, *, overrides: Sequence[str] = 
         UserError: The output exists; an input image is missing, cannot be read, or is of no use to the pipeline; the
             evaluation prompts have changed; or the run was started from Python with a pipeline of its own.
     """
-    if request.output is not None and request.output.is_dir() and any(request.output.iterdir()):
-        raise UserError(f"--output: {request.output} exists already: choose another folder")
-    metadata = _with_images(len(request.prompts), request.images)
+    check_new(request.output)
+    prompts = with_images(request.prompts, request.images)
     folder = open_run(run)
     config = load_moved(ConfigFile.read(folder.config_file), overrides)
     processes = Processes(device=config.model.device)
@@ -94,7 +86,6 @@ def sample_run(run: Path, request: SampleRequest, *, overrides: Sequence[str] = 
     tuned = load_tuned(folder, config, processes, checkpoint=request.checkpoint, accept=request.accept)
     sampler = config.evaluation_sampler if request.sampler == "evaluation" else config.sampler
     policy = tuned.policy.with_sampler(sampler, seed=config.seed)
-    prompts = [Prompt(text=text, metadata=entry) for text, entry in zip(request.prompts, metadata, strict=True)]
     slots = evaluator.slots(prompts, request.num_images)
     before, after = (
         _images(policy, evaluator, slots, num_processes=tuned.num_processes, mode=mode)
@@ -123,40 +114,8 @@ def sample_run(run: Path, request: SampleRequest, *, overrides: Sequence[str] = 
             for i, prompt in enumerate(asked)
         ],
     }
-    made = _write(request.output or _new_folder(folder.path / "samples", request.prompts[0]), after, shown, record)
-    return made / BEFORE_AFTER
-
-
-def _new_folder(parent: Path, prompt: str) -> Path:
-    """The next free number, with what the first prompt says."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
-    taken = [int(path.name[:4]) for path in parent.glob("[0-9]" * 4 + "*")] if parent.is_dir() else []
-    return parent / f"{max(taken, default=0) + 1:04d}{'_' if words else ''}{words}"
-
-
-def _write(output: Path, images: Tensor, picture: Image, record: dict[str, object]) -> Path:
-    """Writes a folder that appears when it is complete."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for i, image in enumerate(images):
-        to_pil(image).save(partial / f"{i:03d}.png")
-    picture.save(partial / BEFORE_AFTER)
-    replace_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
-    if output.is_dir():
-        output.rmdir()  # it is empty
-    partial.rename(output)
-    return output
-
-
-def _with_images(count: int, images: Sequence[Path]) -> list[dict[str, object]]:
-    """Metadata of `count` prompts that names their input images, each of which is read once to check it."""
-    if len(images) not in (0, 1, count):
-        raise UserError(f"give one image for all {count} prompts or one for each, got {len(images)}")
-    for image in images:
-        check_image(image)
-    each = [*images] * count if len(images) == 1 else images
-    return [{IMAGE: str(image)} for image in each] if images else [{} for _ in range(count)]
+    output = request.output or numbered_folder(folder.path / "samples", request.prompts[0])
+    return write_pictures(output, after, shown, record, name=BEFORE_AFTER)
 
 
 @dataclass(frozen=True, kw_only=True)

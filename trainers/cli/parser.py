@@ -48,6 +48,7 @@ def command(
     about: str,
     *,
     epilog: str | None = None,
+    check: Callable[[argparse.Namespace], None] = lambda options: None,
 ) -> Parser:
     """Adds a subcommand.
 
@@ -57,6 +58,7 @@ def command(
         function: Runs it, given the arguments and the `--key value` overrides; returns the exit status, None for 0.
         about: One line, for the list of commands and the top of its help.
         epilog: What its help ends with.
+        check: Refuses arguments that do not go together, by the parser's `error`.
     """
     usage = f"ddpo {name} CONFIG [--key value ...]" if name in ("train", "plan") else None
     parser = commands.add_parser(
@@ -68,5 +70,5 @@ def command(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run_command=function, parser=parser)
+    parser.set_defaults(run_command=function, check=check, parser=parser)
     return parser

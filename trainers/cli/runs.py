@@ -1,10 +1,19 @@
-"""`ddpo runs`, `doctor`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
+"""`ddpo runs`, `doctor`, `report`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
 
 import argparse
 import json
 from pathlib import Path
 
-from trainers.cli.arguments import add_accept, as_given, existing, positive, run_folder
+from trainers.cli.arguments import (
+    add_accept,
+    as_given,
+    epochs_of_a_rise,
+    existing,
+    model,
+    positive,
+    run_folder,
+    run_or_config,
+)
 from trainers.cli.parser import Parser, command
 from trainers.parallel.launcher import is_main_process
 
@@ -13,6 +22,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the subcommands."""
     _add_runs(commands)
     _add_doctor(commands)
+    _add_report(commands)
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -27,15 +37,60 @@ def _add_runs(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+_DOCTOR_EPILOG = """\
+  ddpo doctor runs/NAME                          reads a finished or running run
+  ddpo doctor sd15_aesthetic --model.path ...    before a run: samples, scores and trains a little of it
+
+Before a run: spread of the scores, their noise floor, what sampling noise costs, signal in the gradient, nats that an
+epoch moves, the clip in nats, time and memory. --key value as in train. --overfit 20: the reward must rise on a single
+prompt. Exit status 1 when something of a configuration is wrong.
+"""
+
+
 def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = command(commands, "doctor", _doctor, "what happened in a run: why it is flat or broke, what to change")
-    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder, finished or running")
+    about = "what happened in a run, or what to expect of a configuration: why, and what to change"
+    parser = command(commands, "doctor", _doctor, about, epilog=_DOCTOR_EPILOG)
+    parser.add_argument("subject", type=run_or_config, metavar="RUN|CONFIG", help="run folder, or a configuration")
+    parser.add_argument("--images", type=positive, metavar="N", help="of CONFIG: images of an epoch (default 32)")
+    parser.add_argument(
+        "--overfit", type=epochs_of_a_rise, metavar="EPOCHS", help="of CONFIG: also train on one prompt"
+    )
+
+
+_REPORT_EPILOG = """\
+One HTML file that needs no network: configuration, findings, evaluations, curves, pictures, steps, time.
+
+  ddpo report runs/a                     writes runs/a/report.html, as the end of a run does
+  ddpo report runs/a runs/b runs/c       writes report.html here: the runs beside each other, what differs first
+"""
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "one HTML page of a run, or of several beside each other"
+    parser = command(commands, "report", _report, about, epilog=_REPORT_EPILOG)
+    parser.add_argument("runs", type=run_folder, nargs="+", metavar="RUN", help="run folders, finished or running")
+    parser.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html, of several report.html)")
 
 
 _SAMPLE_EPILOG = """\
 The sampler is the evaluation's (evaluation.sampler: steps, size, guidance, noise), so that a prompt of the evaluation
 set has the same pictures, bit for bit, as in the evaluation of those weights; --sampler rollout takes training's.
 Where files of the run lie elsewhere now, name them as in training: --model.path FOLDER, --rewards.0.name FILE.py:NAME.
+
+--steer raises rewards while sampling, without training, of a run's tuned weights or of a pretrained MODEL: a folder, a
+hub id, or shapes. The picture shows unsteered and steered images with their rewards, samples.json also the cost.
+  best_of_n         the best of N images         --steer.particles 4
+  feynman_kac       resampled particles          --steer.alpha 0.1  --steer.particles 4  --steer.every 5
+  svdd              chosen next states           --steer.alpha 0.1  --steer.candidates 4
+  reward_gradient   a differentiable reward      --steer.alpha 0.1  --steer.through network|image
+  langevin          corrections by reward        --steer.alpha 0.1  --steer.corrections 2
+alpha is in reward units per nat: the smaller, the stronger. All but best_of_n and langevin need a sampler with noise.
+Rewards are combined as in training. A MODEL's sampler is the one that fits it, but for the keys that are given.
+
+  ddpo sample shapes --prompt "a red circle" --steer feynman_kac --reward shapes --steer.alpha 0.05
+  ddpo sample runs/NAME --prompt "a red circle" --steer svdd              the run's own rewards
+  ddpo sample MODEL --prompt "a cat" --steer best_of_n --reward pickscore --reward jpeg_estimate --rewards.1.weight 0.1
+      --sampler.num_steps 20 --batch.sample_batch_size 8 --model.precision bf16 --output pictures
 """
 
 
@@ -43,9 +98,9 @@ _ACCEPT_HELP = "take another pretrained model than the run was trained with"
 
 
 def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
-    about = "pictures of the pretrained and the tuned pipeline, side by side"
-    parser = command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG)
-    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder")
+    about = "pictures of the pretrained and the tuned pipeline, or of a steered one, side by side"
+    parser = command(commands, "sample", _sample, about, epilog=_SAMPLE_EPILOG, check=_check_sample)
+    parser.add_argument("source", metavar="RUN", help="run folder; with --steer also a model")
     parser.add_argument(
         "--prompt", dest="prompts", action="append", required=True, metavar="TEXT", help="repeat for several"
     )
@@ -69,6 +124,33 @@ def _add_sample(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--output", type=Path, help="folder to make (default: a new one in RUN/samples)")
     add_accept(parser, "model", about=_ACCEPT_HELP)
     parser.add_argument("--checkpoint", help="checkpoint (default: the newest, or the best if that is exported)")
+    kinds = ("best_of_n", "feynman_kac", "svdd", "reward_gradient", "langevin")
+    parser.add_argument("--steer", choices=kinds, metavar="KIND", help=f"steer by one of {', '.join(kinds)}")
+    parser.add_argument(
+        "--reward",
+        dest="rewards",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --steer: towards what, repeat for several (default: the run's rewards)",
+    )
+
+
+def _check_sample(options: argparse.Namespace) -> None:
+    """A run folder, or, to be steered, a model and a reward."""
+    refuse, path = options.parser.error, Path(options.source)
+    if options.steer is None and options.rewards:
+        refuse("--reward names what to steer by: it goes with --steer KIND")
+    is_model = options.steer is not None and not (path / "config.yaml").is_file()
+    is_model = is_model and (path.is_dir() or not path.parent.is_dir() or options.source == "shapes")
+    try:
+        options.run = model(options.source) if is_model else run_folder(options.source)
+    except argparse.ArgumentTypeError as error:
+        refuse(str(error))
+    if is_model and not options.rewards:
+        refuse(f"{options.source} has no rewards of its own: name what to steer by, --reward NAME (ddpo rewards list)")
+    if is_model and options.checkpoint is not None:
+        refuse(f"--checkpoint is of a run, and {options.source} is a model")
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -145,17 +227,54 @@ def _runs(options: argparse.Namespace, _: list[str]) -> None:
         print(as_table(runs) if runs else f"there are no runs in {options.folder}")
 
 
-def _doctor(options: argparse.Namespace, _: list[str]) -> None:
+def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    from ddpo.validation import UserError
     from trainers.diagnosis.doctor import describe, examine
 
-    print(describe(examine(options.run)))
+    if isinstance(options.subject, Path):
+        if overrides or options.images or options.overfit:
+            raise UserError("a run is read as it is: --images, --overfit and --key value are for a configuration")
+        print(describe(examine(options.subject)))
+        return 0
+    from trainers.checkup.checkup import examine_config, overfit
+    from trainers.config.io import load_config
+
+    config = load_config(options.subject, overrides)
+    found = examine_config(config, num_images=options.images or 32)
+    print(describe(found), flush=True)
+    if options.overfit is not None:
+        found.append(overfit(config, epochs=options.overfit))
+        print(describe(found[-1:]))
+    return int(any(finding.verdict == "wrong" for finding in found))
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.report.page import REPORT, write_report
+    from trainers.run_folder.writable import check_file, check_folder
+
+    alone = options.runs[0] if len(options.runs) == 1 else Path()
+    output = options.output or alone / REPORT
+    check_folder("--output", output.parent)
+    if output.parent.is_dir():
+        check_file("--output", output)
+    print(write_report(options.runs, output))
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:
-    _check_output(options, default=options.run / "samples")
+    _check_output(options, default=Path("samples") if isinstance(options.run, str) else options.run / "samples")
     from trainers.analysis.samples import SampleRequest, sample_run
 
-    print(sample_run(options.run, as_given(SampleRequest, options), overrides=overrides))
+    request = as_given(SampleRequest, options)
+    if options.steer is None:
+        print(sample_run(options.run, request, overrides=overrides))
+        return
+    from trainers.analysis.steered_pictures import SteerRequest, steer_model, steer_run
+
+    steered = SteerRequest(kind=options.steer, rewards=options.rewards, pictures=request)
+    if isinstance(options.run, str):
+        print(steer_model(options.run, steered, overrides=overrides))
+    else:
+        print(steer_run(options.run, steered, overrides=overrides))
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

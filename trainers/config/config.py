@@ -22,10 +22,12 @@ from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.objectives.preference import PreferenceConfig
 from ddpo.objectives.reward_gradient import RewardGradientConfig
 from ddpo.sampling.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
+from ddpo.steering.kinds import BestOfN, FeynmanKacKind, LangevinKind, RewardGradientKind, SvddKind
 from ddpo.trajectory import Keep
 from ddpo.validation import check, within
 from ddpo.weights.adapter import FullConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
+from trainers.config.chain_unit import check_chain_unit
 from trainers.config.evaluation_sampler import EvaluationSampler
 from trainers.config.groups import (
     BatchConfig,
@@ -76,6 +78,7 @@ class Config:
         heldout_rewards: Measured in evaluations, never optimised.
         reward_processes: Processes and devices of their own for all of these.
         shaping: Intermediate rewards on the predicted clean image.
+        steer: Steers what is sampled to learn from, with objectives that take clean latents alone; null for none.
         offline: Images that were judged already, to learn from in place of samples; null to sample.
         prompts: Training prompts; with `offline` only the evaluation's.
         evaluation: Fixed prompts and seeds, measured during training.
@@ -121,6 +124,17 @@ class Config:
     heldout_rewards: tuple[RewardTerm, ...] = ()
     reward_processes: RewardProcessConfig = field(default_factory=RewardProcessConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    steer: (
+        Annotated[
+            Annotated[BestOfN, Tag("best_of_n")]
+            | Annotated[FeynmanKacKind, Tag("feynman_kac")]
+            | Annotated[SvddKind, Tag("svdd")]
+            | Annotated[RewardGradientKind, Tag("reward_gradient")]
+            | Annotated[LangevinKind, Tag("langevin")],
+            one_of("best_of_n"),
+        ]
+        | None
+    ) = None
     offline: OfflineConfig | None = None
     prompts: PromptConfig = field(default_factory=PromptConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -149,10 +163,12 @@ class Config:
         with within("shaping"):
             check_steps(self.shaping.steps, self.sampler.num_steps)
         self._check_noise()
+        self._check_last_step()
         self._check_offline()
         self._check_critic()
         self._check_groups()
         self._check_group_noise()
+        self._check_steer()
         self._check_evaluation()
         self._check_units()
         self._check_network()
@@ -188,6 +204,11 @@ class Config:
             why = "the weight of a nat is what its targets are made of"
             check(not self.sampler.is_noise_free, "sampler.kind", self.sampler.kind, f"a stochastic sampler {chosen}")
             check(self.kl.alpha != 0, "kl.alpha", self.kl.alpha, f"positive {chosen} ({why})")
+        if self.demand.kept_targets:
+            why = "with objective.replay_epochs (targets of earlier epochs hold the weight that the KL had then)"
+            check(isinstance(self.kl, FixedKL), "kl.kind", self.kl.kind, f"fixed {why}")
+            bounded = [constraint.reward for constraint in self.constraints]
+            check(KL_NAME not in bounded, "constraints", bounded, f"without {KL_NAME} {why}")
         if not self.demand.likelihood:
             has_term, has_kl = self.demand.weighs_kl, not self.sampler.is_noise_free
             why = "steps without noise have no KL" if has_term else "it has no KL term"
@@ -203,6 +224,15 @@ class Config:
         steps, demand = self.sampler.max_stochastic_steps, self.demand
         cure = f"more than objective.first_step {chosen} (next states are compared at the steps from there on)"
         check(not demand.contenders or demand.contended(steps) > 0, "sampler.num_steps", self.sampler.num_steps, cure)
+
+    def _check_last_step(self) -> None:
+        """The end of a chain that a sampler is told must be one that it can have; evaluations may take training's."""
+        with within("sampler"):
+            self.sampler.check_last_step()
+        own = self.evaluation.sampler
+        if own is not None and own.last_step is not None:
+            with within("evaluation.sampler"):
+                self.evaluation_sampler.check_last_step()
 
     def _check_offline(self) -> None:
         """Judged images have neither chains nor new scores."""
@@ -265,6 +295,26 @@ class Config:
         cure = "independent or antithetic with a sampler without noise (a prompt's images would all be the same)"
         check(not same, "batch.group_noise", batch.group_noise, cure)
 
+    def _check_steer(self) -> None:
+        """Steering acts through the sampler's noise; what it makes are clean latents without a density."""
+        if self.steer is None:
+            return
+        demand, kind = self.demand, self.steer.kind
+        own = demand.needs_noise or demand.reward_gradient or demand.keep != Keep.FINAL or demand.contenders > 0
+        cure = f"null with {demand.name} (it learns from the policy's own chains; clean_sample does not)"
+        check(not own, "steer.kind", kind, cure)
+        check(self.offline is None, "steer.kind", kind, "null with offline, which samples nothing")
+        cure = "null with a KL that is measured in sampling (kl.kind: adaptive, or a bound on it), which has none then"
+        check(not self.measures_kl, "steer.kind", kind, cure)
+        noise = "shared" if demand.same_start else self.batch.group_noise
+        cure = f"null where the samples of a group have {noise} noise (particles are independent)"
+        check(noise == "independent", "steer.kind", kind, cure)
+        lacks_noise = self.steer.needs_noise and self.sampler.is_noise_free
+        cure = "best_of_n with a sampler without noise (the others act through it), or choose a sampler with noise"
+        check(not lacks_noise, "steer.kind", kind, cure)
+        cure = f"at most batch.sample_batch_size, {self.batch.sample_batch_size} (all are in one batch)"
+        check(self.steer.particles <= self.batch.sample_batch_size, "steer.particles", self.steer.particles, cure)
+
     def _check_evaluation(self) -> None:
         """The evaluation's sampler must be possible, and of the same model family as training's."""
         with within("evaluation.sampler"):
@@ -290,6 +340,8 @@ class Config:
             bounded = [constraint.reward for constraint in self.constraints if constraint.reward != KL_NAME]
             cure = f"[] but for {KL_NAME} with objective.kind: {self.objective.kind} (bounds are multipliers of scores)"
             check(not bounded, "constraints", bounded, cure)
+        if self.demand.chain_unit:
+            check_chain_unit(self)
         is_gdpo = self.advantages.combination == "gdpo"
         used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
         extra = [name for name, is_used in used.items() if is_used]

@@ -1,14 +1,16 @@
 """Binds the verbs of an epoch to a run's state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ddpo import Samples
 from ddpo.objectives import Experience, Models
+from ddpo.steered import Steering
 from rewards import Scores
 from trainers.epoch.credit import Credit, CreditRules, credit
 from trainers.epoch.critic import ValueLearner, value_learner
@@ -23,6 +25,7 @@ from trainers.epoch.update import Updater
 from trainers.parallel.processes import Processes
 from trainers.planning.plan import BatchPlan
 from trainers.prompts import Prompt
+from trainers.scoring.steering_reward import steering_reward
 from trainers.tracking.metrics import Stopwatch
 from trainers.tracking.progress import Progress
 
@@ -83,6 +86,7 @@ def online(
         predict_at=config.shaping.steps,
         kl_of_all=config.measures_kl,
         group_noise="shared" if config.demand.same_start else config.batch.group_noise,
+        steering=_steering(state, threads),
         keep_on=config.batch.trajectories,
         distributed=config.distributed,
         seed=config.seed,
@@ -137,6 +141,19 @@ def critic_of(state: TrainState, plan: BatchPlan, *, processes: Processes) -> Va
     if state.critic is None:
         return None
     return value_learner(state.config, state.policy, state.critic, state.learners[-1], plan, processes)
+
+
+def _steering(state: TrainState, threads: ThreadPoolExecutor) -> Steering | None:
+    """How samples are steered; its scores are made in the rewards' threads, in turn with those of finished images."""
+    config = state.config
+    if config.steer is None:
+        return None
+    total = steering_reward(state.reward, epoch=lambda: state.epoch)
+
+    def score(images: Tensor, prompts: list[str], metadata: list[Mapping[str, object]]) -> Tensor:
+        return threads.submit(total, images, prompts, metadata).result()
+
+    return Steering(kind=config.steer, reward=score, batch_size=config.batch.sample_batch_size)
 
 
 def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progress: Progress) -> Updater:

@@ -141,6 +141,7 @@ def credit(
         contests=contest_scores(contests),
         penalised=alpha > 0,
         alpha=alpha,
+        scale=advantages.scale[rows].to(device),
     )
     return Credit(
         experience=experience,

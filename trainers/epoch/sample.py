@@ -19,10 +19,11 @@ from ddpo.objectives.base import Demand, Weights, trained_view
 from ddpo.path_kl import draw_sites, steps_left_to_the_ode
 from ddpo.pipeline.features import FeatureReader
 from ddpo.placement import pinned
-from ddpo.rollout import weights_of
 from ddpo.sampling.schedule import Schedule
 from ddpo.seeds import GroupNoise, Purpose, group_seeds, one_seed
-from ddpo.steering import Unsteered
+from ddpo.steered import Steering, steered_trajectory
+from ddpo.steering import Steer
+from ddpo.steering.base import weights_of
 from ddpo.steering.reading import Reading
 from ddpo.trajectory import Sites
 from trainers.config.groups import DistributedConfig
@@ -82,6 +83,7 @@ class Sampler:
         kl_of_all: Whether the KL to the pretrained model is measured at every step of every sample; else it is
             estimated.
         group_noise: How the noises of a group belong together.
+        steering: Towards the rewards; None for none. Steered samples are not the policy's: they have no path KL.
         keep_on: Where latents and conditions wait for training.
         distributed: How the network is shared.
         seed: Of the run.
@@ -97,6 +99,7 @@ class Sampler:
     predict_at: Sequence[int]
     kl_of_all: bool
     group_noise: GroupNoise
+    steering: Steering | None
     keep_on: Literal["device", "cpu"]
     distributed: DistributedConfig
     seed: int
@@ -147,25 +150,27 @@ class Sampler:
     ) -> SampledBatch:
         texts, metadata = _texts(prompts)
         features: list[Tensor] = []
-        reading = Unsteered() if self.reader is None else Reading(reader=self.reader, features=features)
+        reading = Steer() if self.reader is None else Reading(reader=self.reader, features=features)
         with clock("sample"):
             condition = policy.encode(texts, metadata)
             seeds, priors = group_seeds(self.group_noise, self.seed, epoch, places, group_size=self.plan.group_size)
             with gathered(policy, self.distributed), self._weights(policy):
-                recorded = trained_view(policy, self.demand)
-                with nullcontext() if self.reader is None else self.reader.reading():
-                    path = rollout(
-                        policy,
-                        condition,
-                        seeds,
-                        recorded=recorded,
-                        with_kl=self.kl_of_all,
-                        keep=self.demand.keep,
-                        means=self.demand.means,
-                        sites=sites,
-                        steer=reading,
-                        latents=None if priors is seeds else policy.prior(priors),
-                    )
+                if self.steering is not None:
+                    path = steered_trajectory(policy, texts, metadata, seeds, steering=self.steering)
+                else:
+                    with nullcontext() if self.reader is None else self.reader.reading():
+                        path = rollout(
+                            policy,
+                            condition,
+                            seeds,
+                            recorded=trained_view(policy, self.demand),
+                            with_kl=self.kl_of_all,
+                            keep=self.demand.keep,
+                            means=self.demand.means,
+                            sites=sites,
+                            steer=reading,
+                            latents=None if priors is seeds else policy.prior(priors),
+                        )
                 predicted: dict[Glimpse, Tensor] = {}
                 for k in self.predict_at:
                     with weights_of(policy, k):
@@ -188,12 +193,12 @@ class Sampler:
         )
 
     def path_kl(self, trajectory: Trajectory) -> EpochKL | None:
-        """The KL of what sampled to the pretrained model, over all processes; None without noise.
+        """The KL of what sampled to the pretrained model, over all processes; None without noise, and where steered.
 
         Args:
             trajectory: Of this process.
         """
-        if not trajectory.schedule.stochastic_steps:
+        if self.steering is not None or not trajectory.schedule.stochastic_steps:
             return None
         policy, hidden = trained_view(self.policy, self.demand), steps_left_to_the_ode(self.policy, trajectory.schedule)
         size, in_step = self.plan.sample_batches[0], self.distributed.strategy != "ddp"
@@ -212,6 +217,8 @@ class Sampler:
 
         Steps that the epoch leaves to the ODE have sites of their own.
         """
+        if self.steering is not None:
+            return None
         hidden = steps_left_to_the_ode(policy, policy.schedule)
         measured = [] if self.kl_of_all else [policy.schedule]
         schedules = [*measured, *([] if hidden is None else [hidden])]

@@ -237,9 +237,12 @@ def make_plan(
         branches = 2 if config.sampler.guidance_scale > 1 else 1
     trained_branches = branches if demand.guidance else 1
     calls = demand.graph_steps(config.sampler.num_steps) if demand.chain else 1
-    training_rows = batch.samples_per_epoch * units * demand.passes * calls * demand.rows * trained_branches
+    beyond = config.sampler.steps_from_first_unseen(num_stochastic) - 1 if demand.chain_unit else 0
+    per_sample = (units * calls * demand.rows + beyond) * trained_branches
+    training_rows = batch.samples_per_epoch * demand.passes * per_sample
     contests = demand.contended(num_stochastic) * demand.contenders
     states = config.sampler.num_steps + len(config.shaping.steps) + contests
+    steered = 1 if config.steer is None else config.steer.passes
     return BatchPlan(
         num_processes=num_processes,
         rank=rank,
@@ -266,10 +269,10 @@ def make_plan(
         passes=demand.passes,
         optimizer_steps_per_epoch=demand.updates * demand.passes,
         optimizer_steps_total=demand.updates * demand.passes * config.epochs,
-        sampling_rows=0 if config.offline else batch.samples_per_epoch * states * branches,
+        sampling_rows=0 if config.offline else batch.samples_per_epoch * states * steered * branches,
         training_rows=training_rows,
         reference_rows=_reference_rows(config, num_stochastic, branches=trained_branches, training_rows=training_rows),
-        rows_known=not demand.varies,
+        rows_known=not demand.varies and config.steer is None,
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
     )
@@ -329,7 +332,8 @@ def _reference_rows(config: Config, num_stochastic: int, *, branches: int, train
 
     So are those by which it prepares an epoch.
 
-    Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each.
+    Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each. Steered
+    samples have none.
     """
     samples, sampler = config.batch.samples_per_epoch, config.sampler
     if config.offline:
@@ -341,6 +345,8 @@ def _reference_rows(config: Config, num_stochastic: int, *, branches: int, train
     in_training = training_rows * config.frozen_passes
     if prepare is not None:
         in_training += samples * prepare.rows(sampler.num_steps) * branches
+    if config.steer is not None:
+        return in_training
     if config.measures_kl:
         return (samples * num_stochastic + full_noise) * branches + in_training
     own = count_sites(samples, num_steps=sampler.num_steps, num_stochastic=num_stochastic)

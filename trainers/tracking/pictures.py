@@ -110,6 +110,7 @@ def side_by_side(
     columns: int | None = None,
     scale: int | None = None,
     inputs: Sequence[Image.Image] | None = None,
+    names: tuple[str, str] = ("pretrained", "fine-tuned"),
 ) -> Image.Image:
     """Pairs of images from the same prompts and seeds: left the pretrained model's, right the fine-tuned one's.
 
@@ -122,12 +123,11 @@ def side_by_side(
         columns: Pairs in a row; None for about as wide as high.
         scale: Whole enlargement factor; None to choose one.
         inputs: The images that were edited, one per pair, shown left of it; None for none.
-
-    The columns are headed `input`, `pretrained`, `fine-tuned`.
+        names: What the two columns are headed; that of the images that were edited is `input`.
     """
     counts = {len(before), len(after), len(prompts), len(scores_before), len(scores_after)}
     assert len(counts) == 1 and 0 not in counts, f"the same number of everything is needed, at least 1, got {counts}"
-    headers = ("pretrained", "fine-tuned") if inputs is None else ("input", "pretrained", "fine-tuned")
+    headers = names if inputs is None else ("input", *names)
     blocks = []
     for b, (prompt, old, new) in enumerate(zip(prompts, scores_before, scores_after, strict=True)):
         tiles: list[tuple[Image.Image, list[Line]]] = [

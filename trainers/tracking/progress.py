@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -35,6 +36,23 @@ class Progress:
                 told = time.monotonic()
                 self.line(f"{label}: {done} of {len(items)} done")
             yield item
+
+    @contextmanager
+    def counting(self, total: int, label: str) -> Iterator[Callable[[int], None]]:
+        """A bar that disappears when it is done; it moves by what is told, in a log file it is a line now and then."""
+        bar = tqdm(total=total, desc=label, leave=False, disable=not self._inner, dynamic_ncols=True)
+        done, told = 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            bar.update(count)
+            if not self._inner and time.monotonic() - told > _LINE_SECONDS:
+                told = time.monotonic()
+                self.line(f"{label}: {done} of {total} done")
+
+        with bar:
+            yield advance
 
     def epochs(self, start: int, stop: int, *, timed: bool = False) -> "tqdm[int]":
         """The bar over a run's epochs; of a run that is timed without a guess at when the last one would end."""

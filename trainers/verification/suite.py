@@ -41,6 +41,7 @@ MODULES = (
     "ddpo.control.checks.clean_sample",
     "ddpo.control.checks.preference",
     "ddpo.control.checks.steering",
+    "ddpo.control.checks.guidance",
     "trainers.verification.optimum",
     "trainers.verification.critic",
     "trainers.verification.clean_sample",

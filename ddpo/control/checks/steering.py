@@ -8,36 +8,33 @@ import torch
 from torch import Tensor
 
 from ddpo.control.checks.base import Check, Measurement
-from ddpo.control.diffusion.chain import marginals, tilted_terminal
+from ddpo.control.diffusion.chain import marginals, optimum, tilted_terminal
 from ddpo.control.diffusion.toy_pipeline import from_pixels
-from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem
+from ddpo.control.diffusion.toy_problem import MixtureProblem, ToyProblem, mixture_problem, toy_problem
 from ddpo.policy import Policy
 from ddpo.seeds import sample_seeds
-from ddpo.steered import steered_ends
+from ddpo.steered import steered_ends, steered_samples
 from ddpo.steering.base import Draw, Selection
 from ddpo.steering.feynman_kac import FeynmanKac
+from ddpo.steering.kinds import BestOfN
 from ddpo.steering.particles import particle_seeds
 from ddpo.steering.svdd import Svdd
+from ddpo.trajectory import Condition
 
 _Z, _ALPHA, _GROUPS = 4.0, 1.0, 600
 _STEPS = (2, 4, 6, 8)
 
 
-class ForgetfulFeynmanKac:
+class ForgetfulFeynmanKac(FeynmanKac):
     """The published mistake: weights are dropped where nothing is resampled."""
 
-    def __init__(self, inner: FeynmanKac) -> None:
-        self.inner = inner
-        self.propose = inner.propose
-
     def select(self, draw: Draw, policy: Policy) -> Selection:
-        """As of the inner one, which then forgets."""
-        selection = self.inner.select(draw, policy)
+        """As it should be, but for what is carried on."""
+        selection = super().select(draw, policy)
         then = selection.then
         assert isinstance(then, FeynmanKac) and then.carried is not None
-        if draw.state.k != policy.schedule.num_steps - 1:
-            then = replace(then, carried=replace(then.carried, log_weights=torch.zeros_like(then.carried.log_weights)))
-        return replace(selection, then=ForgetfulFeynmanKac(then))
+        forgotten = replace(then.carried, log_weights=torch.zeros_like(then.carried.log_weights))
+        return replace(selection, then=replace(then, carried=forgotten))
 
 
 def exact_log_z(problem: ToyProblem, alpha: float) -> float:
@@ -51,9 +48,16 @@ def exact_log_z(problem: ToyProblem, alpha: float) -> float:
     return float(exponent + spread + problem.reward.c / alpha)
 
 
-def feynman_kac(problem: ToyProblem, *, particles: int, threshold: float, potential: str = "difference") -> FeynmanKac:
+def feynman_kac(
+    problem: ToyProblem | MixtureProblem,
+    *,
+    particles: int,
+    threshold: float,
+    potential: str = "difference",
+    method: type[FeynmanKac] = FeynmanKac,
+) -> FeynmanKac:
     """Of a toy problem's reward."""
-    return FeynmanKac(
+    return method(
         score=lambda images, rows: problem.reward(from_pixels(images.double())), alpha=_ALPHA, particles=particles,
         steps=_STEPS, potential=potential, threshold=threshold,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -61,16 +65,16 @@ def feynman_kac(problem: ToyProblem, *, particles: int, threshold: float, potent
 
 @torch.no_grad()
 def run_particles(
-    problem: ToyProblem, steer: FeynmanKac, *, groups: int = _GROUPS, seed: int = 0, forget: bool = False
+    problem: ToyProblem | MixtureProblem, steer: FeynmanKac, *, groups: int = _GROUPS, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Estimates of log Z (G,), weights (G, P) that sum to 1, and ends (G, P, d)."""
     policy = problem.policy()
     seeds = particle_seeds(sample_seeds(seed, 0, range(groups)), steer.particles)
-    first = ForgetfulFeynmanKac(steer) if forget else steer
-    ends, last = steered_ends(policy, policy.encode([""] * len(seeds)), seeds, first)
-    last = last.inner if isinstance(last, ForgetfulFeynmanKac) else last
-    assert isinstance(last, FeynmanKac)
-    return last.log_z(), last.log_weights().softmax(1), ends.double().view(groups, steer.particles, -1)
+    ends, last = steered_ends(policy, policy.encode([""] * len(seeds)), seeds, steer)
+    ends = ends.double()
+    weights = last.weigh(problem.reward(ends).view(groups, -1))
+    assert weights.log_z is not None
+    return weights.log_z, weights.log_weights.softmax(1), ends.view(groups, steer.particles, -1)
 
 
 def z_score(values: Tensor, exact: float) -> float:
@@ -100,11 +104,47 @@ def check_feynman_kac() -> Iterator[Measurement]:
             name=f"variance of the tilted law, resampled {name}", exact=0.0, obtained=float(second.mean()),
             error=z_score(second, 0.0), tolerance=_Z,
         )  # fmt: skip
-    found, _, _ = run_particles(problem, feynman_kac(problem, particles=8, threshold=0.5), forget=True)
+    forgetful = feynman_kac(problem, particles=8, threshold=0.5, method=ForgetfulFeynmanKac)
+    found, _, _ = run_particles(problem, forgetful)
     off = z_score((found - log_z).exp(), 1.0)
     yield Measurement(
         name="weights forgotten, as published", exact=f"above {_Z:g} standard errors", obtained=f"{off:.1f}",
         error=_Z / off, tolerance=1.0,
+    )  # fmt: skip
+
+
+def check_mixture() -> Iterator[Measurement]:
+    """Z where the chain's law is no Gaussian; and by the potentials of a value that is far from the soft one."""
+    problem = mixture_problem(alpha=_ALPHA)
+    log_z = problem.chain.log_z()
+    plain = feynman_kac(problem, particles=8, threshold=1.0)
+
+    def crude(k: int, x: Tensor, condition: Condition) -> Tensor:
+        return problem.reward(x.double())
+
+    for name, steer in (("r(x0_hat)", plain), ("r(x_k)", replace(plain, value=crude))):
+        found, _, _ = run_particles(problem, steer)
+        z = (found - log_z).exp()
+        yield Measurement(
+            name=f"E Z estimate / Z of a mixture, potentials of {name}", exact=1.0, obtained=float(z.mean()),
+            error=z_score(z, 1.0), tolerance=_Z,
+        )  # fmt: skip
+
+
+def check_value_particles() -> Iterator[Measurement]:
+    """Potentials of the exact soft value."""
+    problem = toy_problem(2)
+    values = optimum(problem.reference, problem.reward, _ALPHA, free_covariance=True).values
+
+    def soft_value(k: int, x: Tensor, condition: Condition) -> Tensor:
+        return values[k](x.double())
+
+    steer = replace(feynman_kac(problem, particles=8, threshold=1.0), value=soft_value)
+    found, _, _ = run_particles(problem, steer)
+    z = (found - exact_log_z(problem, _ALPHA)).exp()
+    yield Measurement(
+        name="E Z estimate / Z, potentials of the soft value", exact=1.0, obtained=float(z.mean()),
+        error=z_score(z, 1.0), tolerance=_Z,
     )  # fmt: skip
 
 
@@ -151,13 +191,39 @@ def check_svdd() -> Iterator[Measurement]:
         )  # fmt: skip
 
 
+@torch.no_grad()
+def check_order_statistic() -> Iterator[Measurement]:
+    """The mean reward of the best of N of a Gaussian one: the mean plus deviations of the largest of N normals."""
+    num, problem = 8, toy_problem(2, kind="linear")
+    means, covs = marginals(problem.reference)
+    slope = problem.reward.q
+    mean, std = float(problem.reward(means[-1][None])), float((slope @ covs[-1] @ slope).sqrt())
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    largest = float(torch.trapezoid(x * num * density * torch.special.ndtr(x) ** (num - 1), x))
+    made = steered_samples(
+        problem.policy(), [""] * 1000, problem.score, steer=BestOfN(particles=num), batch_size=1000 * num
+    )
+    exact = mean + largest * std
+    yield Measurement(
+        name=f"mean reward of the best of {num}", exact=exact, obtained=float(made.scores.double().mean()),
+        error=z_score(made.scores.double(), exact), tolerance=_Z,
+    )  # fmt: skip
+
+
 CHECKS = (
     Check(name="Feynman-Kac", group="steering", level="fast", run=check_feynman_kac,
           claim="Z is unbiased, moments are the tilted law's, in standard errors; forgetting weights is biased."),
+    Check(name="Feynman-Kac on a mixture", group="steering", level="full", run=check_mixture,
+          claim="Z is unbiased where the chain's law is no Gaussian, whatever the potentials, in standard errors."),
+    Check(name="value as potential", group="steering", level="full", run=check_value_particles,
+          claim="Potentials of a value leave Z unbiased, in standard errors."),
     Check(name="rate", group="steering", level="full", run=check_rate,
           claim="The error of log Z falls as 1 / sqrt(particles)."),
     Check(name="best of N", group="steering", level="fast", run=check_best_of_n,
           claim="The KL of the best of N is log N - (N - 1) / N for a continuous reward."),
+    Check(name="best of N's reward", group="steering", level="fast", run=check_order_statistic,
+          claim="The reward of the best of N is that of the largest order statistic, in standard errors."),
     Check(name="SVDD", group="steering", level="full", run=check_svdd,
           claim="At infinite temperature SVDD is the plain sampler, in standard errors."),
 )  # fmt: skip

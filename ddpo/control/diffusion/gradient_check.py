@@ -12,13 +12,15 @@ the chain itself, as objectives on differentiable rewards do, and see every step
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpo.control.diffusion.toy_problem import ToyProblem
 from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, Expected
-from ddpo.objectives import Experience, Models, PolicyGradientConfig
+from ddpo.objectives import Experience, Models, Objective, PolicyGradientConfig
+from ddpo.objectives.base import Score
 from ddpo.objectives.reward_gradient import RewardGradient, RewardGradientConfig
 from ddpo.policy import Policy
 from ddpo.rollout import rollout
@@ -211,10 +213,15 @@ def reward_gradient(
 ) -> Tensor:
     """The gradient of J that an objective finds through a problem's reward, by rows of the head, (P,) float64."""
     weights, samples = policy.trainable(), torch.arange(len(experience.samples))
-    models = Models(policy=policy, score=lambda images, *_: problem.score(images, [], []))
+    models = Models(policy=policy, score=_score(problem))
     batch = objective.gather(experience, samples, torch.zeros_like(samples), seed=0)
     loss = sum((loss.value for loss in objective.losses(models, batch)), start=torch.zeros(()))
     return -_flat(torch.autograd.grad(loss, [weights["head.gain"], weights["head.shift"]]), rows)
+
+
+def _score(problem: ToyProblem) -> Score:
+    """The problem's reward as objectives differentiate it."""
+    return lambda images, *_: problem.score(images, [], [])
 
 
 def _compared(paths: Paths, alpha: float, each: Iterator[Tensor]) -> GradientComparison:
@@ -254,17 +261,23 @@ def gradient_estimates(
     for path, scores in zip(paths.chunks, paths.scores, strict=True):
         expected = None if values is None else values(path)
         experience, scale = make_experience(path, scores, advantages, alpha, paired=paths.paired, values=expected)
-        yield objective_gradient(paths.policy, experience, config, rows=trained_rows(paths)) * scale
+        rows = trained_rows(paths)
+        yield objective_gradient(paths.policy, experience, config, rows=rows, score=_score(paths.problem)) * scale
 
 
-def objective_gradient(policy: Policy, experience: Experience, config: PolicyGradientConfig, *, rows: Tensor) -> Tensor:
+def objective_gradient(
+    policy: Policy, experience: Experience, config: PolicyGradientConfig, *, rows: Tensor, score: Score | None = None
+) -> Tensor:
     """The gradient of J that an objective finds in an experience, by rows of the head's weights, (P,) float64."""
-    weights, objective, steps = policy.trainable(), config.build(), experience.decisions
-    samples = torch.arange(len(experience.advantages)).repeat_interleave(len(steps))
-    slots = torch.arange(len(steps)).repeat(len(experience.advantages))
+    objective: Objective[Any] = config.build()
+    weights, steps = policy.trainable(), experience.decisions
+    units = objective.demand.units(len(steps))
+    samples = torch.arange(len(experience.advantages)).repeat_interleave(units)
+    slots = torch.arange(units).repeat(len(experience.advantages))
     batch = objective.gather(experience, samples, slots, seed=0)
-    (loss,) = objective.losses(Models(policy=policy), batch)
-    gradient = torch.autograd.grad(loss.value, [weights["head.gain"], weights["head.shift"]])
+    losses = objective.losses(Models(policy=policy, score=score), batch)
+    loss = sum((loss.value for loss in losses), start=torch.zeros(()))
+    gradient = torch.autograd.grad(loss, [weights["head.gain"], weights["head.shift"]])
     # The loss is a mean over transitions divided by the dimensions: undo both, and the sign.
     return -_flat(gradient, rows) * len(steps) * experience.trajectory.final[0].numel()
 
@@ -305,6 +318,7 @@ def make_experience(
         groups=groups,
         penalised=alpha > 0,
         alpha=alpha,
+        scale=advantages.scale,
     )
     return experience, float(scores.double().std(correction=0)) if config.scale == "batch_std" else 1.0
 

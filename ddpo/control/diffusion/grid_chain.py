@@ -12,6 +12,7 @@ must reach so far that paths do not leave it; steps without noise may only follo
 points, T steps; float64.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,13 +60,17 @@ class GridChain:
 
     def soft_optimum(self) -> float:
         """The best J if the noise of each step may be chosen as well: the mean soft value at x_0."""
+        return self._under_prior(self._backward(self._soften))
 
-        def soften(k: int, after: Tensor) -> Tensor:
-            top = after.max()
-            weights = self._kernel(k, self.reference(k, self.grid))
-            return top + self.alpha * (weights @ ((after - top) / self.alpha).exp()).log()
+    def log_z(self) -> float:
+        """Log E exp(r(x_T) / alpha) under the pretrained chain."""
+        return math.log(self._under_prior((self._backward(self._soften) / self.alpha).exp()))
 
-        return self._under_prior(self._backward(soften))
+    def _soften(self, k: int, after: Tensor) -> Tensor:
+        """The soft value before step k of that after it."""
+        top = after.max()
+        weights = self._kernel(k, self.reference(k, self.grid))
+        return top + self.alpha * (weights @ ((after - top) / self.alpha).exp()).log()
 
     def _backward(self, step: Callable[[int, Tensor], Tensor]) -> Tensor:
         """V_0 on the grid."""

@@ -4,7 +4,7 @@ from ddpo.weights.adapter import FullConfig
 from rewards.docstrings import documented
 from trainers.config import Config
 from trainers.config.reference import reference
-from trainers.config.schema import declared, element_of, fields_of, kinds_of, plain, words
+from trainers.config.schema import declared, element_of, fields_of, is_optional, kinds_of, plain, words
 
 
 def groups():
@@ -28,8 +28,11 @@ def test_every_group_refuses_unknown_keys():
 
 def test_the_default_kind_of_a_union_is_its_first_member():
     for field in declared(Config):
-        if kinds := kinds_of(fields_of(Config)[field.name]):
-            assert type(getattr(Config(), field.name)) is next(iter(kinds.values()))
+        hint = fields_of(Config)[field.name]
+        if kinds := kinds_of(hint):
+            assert type(getattr(Config(), field.name)) is (
+                type(None) if is_optional(hint) else next(iter(kinds.values()))
+            )
 
 
 def test_the_reference_lists_every_key():

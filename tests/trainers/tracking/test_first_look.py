@@ -41,6 +41,18 @@ def test_a_log_file_tells_now_and_then_how_far_an_epoch_is(monkeypatch, capsys):
     assert "sampling" not in capsys.readouterr().err
 
 
+def test_a_log_file_tells_now_and_then_how_far_something_counted_is(monkeypatch, capsys):
+    now = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    for enabled in (True, False):
+        with Progress(enabled=enabled).counting(40, "svdd") as advance:
+            for _ in range(8):
+                advance(5)
+        told = re.findall(r"svdd: (\d+) of 40 done", capsys.readouterr().err)
+        assert len(told) in (range(1, 8) if enabled else (0,))
+        assert all(int(done) % 5 == 0 for done in told)
+
+
 def test_the_bar_over_epochs_says_what_is_left_of_a_time_limit():
     bar = Progress(enabled=True).epochs(0, 10, timed=True)
     Progress(enabled=True).note_time(bar, 1.25, 3.0)

@@ -231,7 +231,7 @@ class _Simulation:
         In a chain of several steps, all of them are differentiated by the state too.
         """
         config = self._config
-        chained = config.demand.chain and config.demand.graph_steps(self._plan.num_steps) > 1
+        chained = _chain_steps(config, self._plan) > 1
         inputs = self._inputs(self._branches(guided=config.demand.guidance))
         name, state = _state(inputs)
 
@@ -321,7 +321,7 @@ def _assemble(
     states = chains * latents.numel * FLOAT32
     sliced = config.model.vae_slicing
     demand = config.demand
-    calls = demand.graph_steps(plan.num_steps) if demand.chain else 1
+    calls = _chain_steps(config, plan)
     per_sample = {
         "sampling": costs["sampling"].peak + states,
         "decoding": _image_bytes(latents) if sliced else costs["decoding"].peak,
@@ -349,14 +349,15 @@ def _assemble(
     prepared = 0 if prepare is None else plan.images_per_epoch * prepare.rows(plan.num_steps)
     in_training = plan.training_rows * config.frozen_passes
     elsewhere = in_training + prepared * (plan.branches if demand.guidance else 1)
-    units = plan.images_per_epoch * plan.units_per_sample * plan.passes
+    chains = plan.images_per_epoch * plan.passes * (plan.units_per_sample if demand.chain else demand.chain_unit)
+    rows = plan.training_rows // (plan.branches if demand.guidance else 1)
     flops = {
         "sampling": (plan.sampling_rows + plan.reference_rows - elsewhere) * costs["sampling"].flops // plan.branches,
         "decoding": plan.images_per_epoch
         * (1 + len(config.shaping.steps) + _contests(config, plan))
         * costs["decoding"].flops,
-        "training": units * calls * demand.rows * costs["training"].flops
-        + units * demand.decodes * costs["decoding with gradient"].flops
+        "training": rows * costs["training"].flops
+        + chains * demand.decodes * costs["decoding with gradient"].flops
         + prepared * costs["preparing"].flops
         + (0 if prepare is None else plan.images_per_epoch * prepare.decodes * costs["decoding with gradient"].flops),
     }
@@ -372,12 +373,19 @@ def _training_bytes(config: Config, plan: BatchPlan, latents: Latents, costs: Ma
     Beside them are a chain's own states, noise and decoded images.
     """
     demand = config.demand
-    if not demand.chain:
+    if not (demand.chain or demand.chain_unit):
         return costs["training"].peak * demand.rows
     step, pictures = costs["training"].peak, demand.decodes * costs["decoding with gradient"].peak
     images = demand.decodes * _image_bytes(latents) if demand.decodes else 0
     states = (plan.num_steps + 1 + _kept_states(config, plan) + 3 * calls) * latents.numel * FLOAT32
     return (max(step, pictures) if demand.recomputed else step * calls + pictures) + images + states
+
+
+def _chain_steps(config: Config, plan: BatchPlan) -> int:
+    """Steps of a chain that are differentiated; 1 where a unit is no chain."""
+    if config.demand.chain_unit:
+        return config.sampler.steps_from_first_unseen(plan.num_stochastic)
+    return config.demand.graph_steps(plan.num_steps) if config.demand.chain else 1
 
 
 _NOT_PER_PROMPT = ("sample", "hidden_states", "timestep", "img_ids", "txt_ids")
