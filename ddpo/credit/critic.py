@@ -125,7 +125,8 @@ class Critic(nn.Module):
             self.body = make_body(shape.state, width)
             self.hidden = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
             self.leave = nn.Linear(width, len(shape.heads))
-        _initialise(self, seed=seed)
+        if not self.leave.weight.is_meta:  # there, sizes alone are wanted
+            _initialise(self, seed=seed)
         nn.init.zeros_(self.leave.weight)
         self.mean = nn.Parameter(torch.zeros(len(shape.heads)), requires_grad=False)
         self.std = nn.Parameter(torch.zeros(len(shape.heads)), requires_grad=False)
@@ -239,8 +240,6 @@ def _initialise(module: nn.Module, *, seed: int) -> None:
     """Normal weights of variance 1 / fan-in, those of modulations and all biases 0 (LeCun et al. 1998)."""
     random = stream(one_seed(seed, 0, _PLACE, purpose=Purpose.GLOBAL))
     for name, value in module.named_parameters():
-        if value.is_meta:
-            continue
         if value.ndim == 1:
             value.fill_(1.0 if "norms" in name else 0.0)
         elif "modulations" in name:

@@ -36,6 +36,7 @@ from trainers.prompts import Prompt
 from trainers.tracking.metrics import Means
 
 NAME = "critic"
+PROMPTS_AT_A_TIME = 16  # their embeddings are large beside what is made of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class ValueLearner:
 
     def _prompts(self, path: Trajectory) -> Tensor:
         """Pooled prompts of this process's samples, (B, P)."""
-        device, rows = path.log_probs.device, torch.arange(len(path.seeds)).split(self.config.critic.batch_size)
+        device, rows = path.log_probs.device, torch.arange(len(path.seeds)).split(PROMPTS_AT_A_TIME)
         parts = [pooled_prompt(path.condition.index(own), len(own)).to(device) for own in rows]
         return torch.cat(parts)
 
