@@ -1,31 +1,32 @@
 """One epoch on a GPU: images per second by phase, peak memory against the plan, share of the card's peak.
 
-The pipeline has Stable Diffusion 1.5's size (UNet of 860 M parameters, VAE, text encoder) and random weights, so that
-nothing is downloaded; the rewards are the mean brightness. LoRA, guidance in both phases.
+The pipeline has the size of a published one (`--model`) and random weights, so that nothing is downloaded; the reward
+is the mean brightness. LoRA, guidance in both phases.
 
-    python benchmarks/gpu_epoch.py                          512 px, bf16, 64 images x 50 steps
-    python benchmarks/gpu_epoch.py --images 256 --gradient-checkpointing
-    python benchmarks/gpu_epoch.py --tiny                   a small pipeline on the CPU: shows that it runs
+    python -m benchmarks.gpu_epoch                          SD 1.5, 512 px, bf16, 64 images x 50 steps
+    python -m benchmarks.gpu_epoch --images 256 --gradient-checkpointing
+    python -m benchmarks.gpu_epoch --model sdxl --images 16 --steps 20 --sample-batch 4 --train-batch 2
+    python -m benchmarks.gpu_epoch --tiny                   a small pipeline on the CPU: shows that it runs
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.random_pipelines import BUILDERS, save_random_pipeline
 from rewards import WeightedSum
 from trainers.config import Config
 from trainers.config.io import load_config
 from trainers.epoch.binding import online, updater
 from trainers.epoch.state import TrainState
 from trainers.parallel.processes import Processes
-from trainers.planning.architectures import STABLE_DIFFUSION
 from trainers.planning.estimate.blueprint import read_blueprint
 from trainers.planning.estimate.cards import GIB
 from trainers.planning.estimate.memory import Estimate, estimate
@@ -36,41 +37,15 @@ from trainers.scoring.scorer import scoring_threads
 from trainers.tracking.metrics import Stopwatch
 from trainers.tracking.progress import Progress
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
+SAMPLERS = {"sd15": "ddim", "sdxl": "ddim", "sd35": "flow_sde"}
 
 
-def save_random_pipeline(folder: Path) -> None:
-    """Writes a StableDiffusionPipeline of SD 1.5's size with random weights."""
-    tokens = [*CHARACTERS, *(letter + "</w>" for letter in CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    assert STABLE_DIFFUSION.vae is not None
-    torch.manual_seed(0)
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(**STABLE_DIFFUSION.vae).to(torch.bfloat16),
-        text_encoder=CLIPTextModel(text).to(torch.bfloat16),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**STABLE_DIFFUSION.denoiser).to(torch.bfloat16),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
-def configure(options: argparse.Namespace, folder: Path) -> Config:
-    """The run that is measured."""
+def configure(options: argparse.Namespace, pipeline: Path, folder: Path) -> Config:
+    """The run that is measured, of the pipeline in one folder; its own files go to the other."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\na dog\na bird\na horse\n")
     tiny = ["--model.path", "shapes", "--model.device", "cpu", "--model.precision", "fp32"]
-    full = ["--model.path", str(folder), "--model.precision", "bf16"]
+    full = ["--model.path", str(pipeline), "--model.precision", "bf16"]
     keys = {
         "model.gradient_checkpointing": str(options.gradient_checkpointing).lower(),
         "model.compile": str(options.compile).lower(),
@@ -81,6 +56,8 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
         "batch.sample_batch_size": str(options.sample_batch),
         "batch.train_batch_size": str(options.train_batch),
         "sampler.num_steps": str(options.steps),
+        "model.quantization": options.quantization,
+        "sampler.kind": SAMPLERS[options.model],
         "gate_tolerance": "1",
         "rewards.0.name": "brightness",
         "prompts.source": str(prompts),
@@ -91,31 +68,36 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
     return load_config(file, [*(tiny if options.tiny else full), *overrides])
 
 
-def measure(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
-    """Seconds of each phase of the fastest epoch after a warm-up, peak bytes of tensors, and the device's name."""
+def epochs(config: Config) -> Iterator[dict[str, float]]:
+    """Runs epochs without end; yields each one's seconds by phase, with the whole as `epoch`."""
     processes, progress = Processes(device=config.model.device), Progress(enabled=False)
     policy = load_policy(config, str(processes.device))
     num_stochastic = len(policy.schedule.stochastic_steps)
     plan = make_plan(config, num_processes=1, num_stochastic=num_stochastic, branches=policy.rule.branches)
     reward = WeightedSum(config.rewards, device=policy.device)
     state = TrainState.start(config, policy, reward, PromptStream(load_prompts(config.prompts), seed=0, shuffle=True))
-    update, cuda = updater(state, plan, processes=processes, progress=progress), policy.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    best: dict[str, float] = {}
+    update = updater(state, plan, processes=processes, progress=progress)
     with scoring_threads(1) as threads:
         source = online(state, plan, threads=threads, processes=processes, progress=progress)
-        for turn in range(rounds + 1):
+        while True:
             clock, started = Stopwatch(policy.device), time.perf_counter()
             collected = source(state.epoch, clock)
             with clock("train"):
                 update(collected.experience, epoch=state.epoch)
             state.counts.epoch += 1
-            seconds = {**clock.seconds, "epoch": time.perf_counter() - started}
-            if turn > 0 and (not best or seconds["epoch"] < best["epoch"]):
-                best = seconds
+            yield {**clock.seconds, "epoch": time.perf_counter() - started}
+
+
+def measure(config: Config, rounds: int) -> tuple[dict[str, float], int, str]:
+    """Seconds of each phase of the fastest epoch after a warm-up, peak bytes of tensors, and the device's name.
+
+    `first epoch` is the warm-up's own time, with what is compiled in it.
+    """
+    cuda = torch.cuda.is_available() and config.model.device != "cpu"
+    first, *others = islice(epochs(config), rounds + 1)
+    best = min(others, key=lambda seconds: seconds["epoch"])
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return best, peak, torch.cuda.get_device_name() if cuda else "CPU"
+    return {**best, "first epoch": first["epoch"]}, peak, torch.cuda.get_device_name() if cuda else "CPU"
 
 
 def report(config: Config, planned: Estimate, seconds: dict[str, float], peak: int, device: str, tflops: float) -> None:
@@ -129,7 +111,7 @@ def report(config: Config, planned: Estimate, seconds: dict[str, float], peak: i
         rate = (
             f"  {flops / taken / 1e12:7.2f} TFLOP/s, {flops / taken / 1e12 / tflops:.1%} of {tflops:g}" if flops else ""
         )
-        print(f"  {phase:<8}{taken:9.2f} s  {images / taken:8.3f} images/s{rate}")
+        print(f"  {phase:<12}{taken:9.2f} s  {images / taken:8.3f} images/s{rate}")
     if peak:
         print(f"  peak {peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f} GiB: {planned.peak / peak - 1:+.1%}")
     else:
@@ -142,6 +124,8 @@ def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small pipeline on the CPU")
+    parser.add_argument("--model", choices=sorted(BUILDERS), default="sd15", help="whose size (default sd15)")
+    parser.add_argument("--pipeline", type=Path, help="folder of a pipeline of that size; made there if it is empty")
     parser.add_argument("--images", type=int, help="per epoch (default 64; tiny 8)")
     parser.add_argument("--steps", type=int, help="denoising steps (default 50; tiny 3)")
     parser.add_argument("--sample-batch", type=int, default=16)
@@ -149,6 +133,7 @@ def main() -> int:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--eight-bit-adam", action="store_true")
+    parser.add_argument("--quantization", default="null", help="model.quantization (default null)")
     parser.add_argument("--trajectories", choices=("device", "cpu"), default="device")
     parser.add_argument("--rounds", type=int, default=1, help="epochs timed, after one warm-up (default 1)")
     parser.add_argument("--tflops", type=float, default=790.0, help="what the card is held to (default 790)")
@@ -160,9 +145,10 @@ def main() -> int:
     options.steps = options.steps or (3 if options.tiny else 50)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if not options.tiny:
-            save_random_pipeline(folder)
-        config = configure(options, folder)
+        pipeline = options.pipeline or folder / "pipeline"
+        if not options.tiny and not (pipeline / "model_index.json").is_file():
+            save_random_pipeline(options.model, pipeline)
+        config = configure(options, pipeline, folder)
         planned = estimate(config, read_blueprint(config.model.path), expected_plan(config, num_processes=1))
         seconds, peak, device = measure(config, options.rounds)
     report(config, planned, seconds, peak, device, options.tflops)

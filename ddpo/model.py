@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL.Image import Image
 from torch import nn
+from transformers import PreTrainedModel
 
 from ddpo.loading import Source
 from ddpo.pipeline.call import read_call
@@ -89,7 +90,7 @@ class Model:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(self.device).requires_grad_(False).eval()
-                if component.dtype != DTYPES[precision] and not is_quantized(component):
+                if _dtype(component) not in (None, DTYPES[precision]) and not is_quantized(component):
                     component.to(DTYPES[precision])
 
     def wire(self, sampler: SamplerConfig, *, like: Wiring | None = None) -> Wiring:
@@ -110,9 +111,13 @@ class Model:
             reading = read_pipeline(self.pipeline, denoiser, call, sampler)
         if like is None:
             decoder = Decoder(self.pipeline, module, reading.call, device=self.device, offload=self.offload)
-            check_tail(decoder, reading.latent_shape, device=self.device)
+            if not check_tail(decoder, reading.latent_shape, device=self.device):
+                reading = _one_at_a_time(reading)
         else:
-            decoder = like.decoder.with_call(reading.call)
+            decoder = like.decoder
+            if like.reading.call.alone:
+                reading = _one_at_a_time(reading)
+        decoder = decoder.with_call(reading.call)
         known = like is not None and _encodes_alike(reading, like.reading)
         return Wiring(
             reading=reading,
@@ -136,6 +141,20 @@ class Model:
 
         name = type(self.pipeline).__name__
         return Encoder(encode, name, reading.call, store=self.offload.stored, device=self.device)
+
+
+def _dtype(component: nn.Module) -> torch.dtype | None:
+    """Precision of a pipeline's part; None of one without weights."""
+    if isinstance(component, ModelMixin | PreTrainedModel):
+        return component.dtype
+    weight = next(component.parameters(), None)
+    return None if weight is None else weight.dtype
+
+
+def _one_at_a_time(reading: Reading) -> Reading:
+    """The pipeline takes one prompt at a time, as something behind its loop demands."""
+    call = reading.call
+    return reading if call.alone else replace(reading, call=replace(call, batch="one"))
 
 
 def _encodes_alike(reading: Reading, other: Reading) -> bool:

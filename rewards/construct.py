@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -121,8 +122,11 @@ def check_options(noted: Registration, options: Mapping[str, object]) -> None:
     """Compares options with what a reward's constructor takes, without calling it.
 
     Raises:
-        UserError: The options do not fit; the message names the valid ones.
+        UserError: The options do not fit; the message names the valid ones. Or a number in them is not finite.
     """
+    for option, value in _numbers(options):
+        if not math.isfinite(value):
+            raise UserError(f"reward {noted.name!r}: option {option!r} must be a finite number, got {value}")
     if not inspect.isclass(noted.target):
         if options:
             raise UserError(
@@ -145,3 +149,15 @@ def check_options(noted: Registration, options: Mapping[str, object]) -> None:
     missing = [name for name, p in keywords.items() if p.default is p.empty and name not in options]
     if missing:
         raise UserError(f"reward {noted.name!r} needs the option {missing[0]!r} (valid options: {valid})")
+
+
+def _numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number in options, lists and mappings in them included, with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _numbers(entry, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, tuple | list):
+        for place, entry in enumerate(value):
+            yield from _numbers(entry, f"{path}.{place}")
+    elif isinstance(value, float):
+        yield path, value

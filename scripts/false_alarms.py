@@ -139,7 +139,9 @@ def main() -> None:
     print("\n| captions x 4 | reward | normal quantile | Student's |\n|---|---|---|---|")
     for captions in (4, 8, 16, 64):
         for name, rate in (("Gaussian", None), ("success rate .5", 0.5), ("success rate .03", 0.03)):
-            shown = " | ".join(f"{100 * share:.0f}%" for share in covered_share(captions, success_rate=rate))
+            shown = " | ".join(
+                f"{100 * share:.0f}%" for share in covered_share(captions, success_rate=rate, num_runs=options.runs)
+            )
             print(f"| {captions} | {name} | {shown} |")
 
 

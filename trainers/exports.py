@@ -1,19 +1,19 @@
 """The end of a run: exported weights, and the comparison of the pretrained and the fine-tuned model."""
 
-import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
+from trainers.diagnosis.course import read_course
 from trainers.epoch.report import BEFORE_AFTER, write_comparison
 from trainers.evaluation.evaluator import Evaluation
 from trainers.evaluation.overoptimisation import first_scales
+from trainers.report.page import REPORT, save_report
+from trainers.report.subject import read_subject
 from trainers.run_folder import ledger
 from trainers.run_folder.checkpoint import checkpoint_epoch
-from trainers.run_folder.folder import RunFolder, read_metrics
 from trainers.run_folder.model_card import write_model_card
 from trainers.session import Session
-from trainers.tracking.first_look import drawn, metric_key
+from trainers.tracking.first_look import drawn
 from trainers.tracking.pictures import caption, save_curves, spread, to_pil
 from trainers.tracking.progress import say
 from trainers.tracking.tracker import Picture
@@ -45,28 +45,18 @@ def finish(session: Session, *, stopped: bool) -> None:
     write_model_card(
         partial, state.policy, state.config, epoch=epoch, samples=samples, results=table, picture=BEFORE_AFTER
     )
-    rows = [*read_metrics(run.path), *_evaluations(run)]
+    course = read_course(run)
+    rows = [*course.rows, *course.evaluation_rows]
     with ledger.replaced(run.path / "curves.png") as picture:
         save_curves(rows, drawn({key: None for row in rows for key in row}), picture)
     _publish(partial, run.lora)
+    report = save_report([read_subject(run.path).ended], run.path / REPORT)
+    session.tracker.page("report", report, step=state.epoch)
     totals = after.values.get("reward")  # none where images are judged by a file
     captions = texts if totals is None else [caption(*pair) for pair in zip(texts, totals.tolist(), strict=True)]
     pictures = [Picture(image=to_pil(after.pictures()[i]), caption=captions[i]) for i in spread(len(texts), shown)]
     session.tracker.images("final", pictures, step=state.epoch)
-    say(f"\n{table}\n\npicture: {run.path / BEFORE_AFTER}\nweights: {run.lora}")
-
-
-def _evaluations(run: RunFolder) -> list[dict[str, object]]:
-    """What the evaluations measured, a row an epoch, under the keys of trackers, without damaged records."""
-    rows: list[dict[str, object]] = []
-    for epoch in run.evaluated_epochs():
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads(run.evaluation(epoch).with_suffix(".json").read_text(encoding="utf-8"))
-            measures = {f"eval/{metric_key(name)}": measure for name, measure in record["measures"].items()}
-            means = {key: measure["mean"] for key, measure in measures.items()}
-            errors = {f"{key}_se": measure["error"] for key, measure in measures.items()}
-            rows.append({"epoch": epoch, **means, **errors})
-    return rows
+    say(f"\n{table}\n\npicture: {run.path / BEFORE_AFTER}\nreport: {report}\nweights: {run.lora}")
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -20,7 +20,8 @@ from rewards import RewardError, RewardTerm, WeightedSum, as_reward, resolve
 from trainers.config import Config
 from trainers.config.io import load_config, to_yaml
 from trainers.config.locations import absolute
-from trainers.epoch.binding import Collected, Source, online, updater
+from trainers.epoch.binding import Collected, Source, critic_of, online, updater
+from trainers.epoch.critic import FitReport, ValueLearner
 from trainers.epoch.offline import offline
 from trainers.epoch.report import epoch_line, epoch_row, scalars, shown_inputs
 from trainers.epoch.update import UpdateReport
@@ -287,7 +288,8 @@ def _train(session: Session) -> Path:
 def _epochs(session: Session, threads: ThreadPoolExecutor) -> bool:
     """Runs the epochs that are left; returns whether over-optimisation ended them early."""
     state, config, processes = session.state, session.state.config, session.processes
-    source, seconds = _source(session, threads), CLOCKS[config.clock]
+    values, seconds = critic_of(state, session.plan, processes=processes), CLOCKS[config.clock]
+    source = _source(session, threads, values)
     update = updater(state, session.plan, processes=processes, progress=session.progress)
     out_of_time = _is_out_of_time(session)
     evaluate_start(session)
@@ -307,14 +309,16 @@ def _epochs(session: Session, threads: ThreadPoolExecutor) -> bool:
             started = seconds()
             with state.undone_on(RewardError, Interrupted):
                 collected = source(state.epoch, clock)
-                with clock("train"), state.weights_undone_on(Interrupted):
-                    report = update(collected.experience, epoch=state.epoch)
+                with state.weights_undone_on(Interrupted):
+                    with clock("train"):
+                        report = update(collected.experience, epoch=state.epoch)
+                    fitted = _fit(values, collected, clock, epoch=state.epoch)
             state.counts.epoch += 1
             state.counts.samples += session.plan.images_per_epoch
             state.counts.seconds += seconds() - started
             out_of_time = _is_out_of_time(session)
             last = out_of_time or state.epoch == config.epochs
-            _log(session, collected, report, clock, last=last)
+            _log(session, collected, report, clock, fitted=fitted, last=last)
             session.progress.note_time(bar, state.counts.seconds / 60, config.max_minutes)
             if collected.kl is not None:
                 state.follow_kl(collected.kl.held)
@@ -329,11 +333,20 @@ def _epochs(session: Session, threads: ThreadPoolExecutor) -> bool:
     return stopped
 
 
-def _source(session: Session, threads: ThreadPoolExecutor) -> Source:
+def _fit(values: ValueLearner | None, collected: Collected, clock: Stopwatch, *, epoch: int) -> FitReport | None:
+    """Fits the critic, where there is one, to what an epoch's samples earned."""
+    outcome = None if collected.credit is None else collected.credit.outcome
+    if values is None or outcome is None:
+        return None
+    with clock("critic"):
+        return values.fit(collected.samples, outcome, start=collected.experience.start, epoch=epoch)
+
+
+def _source(session: Session, threads: ThreadPoolExecutor, values: ValueLearner | None) -> Source:
     """Where an epoch's data come from: the policy's own samples, or images that were judged already."""
     state, processes, progress = session.state, session.processes, session.progress
     if (judged := state.config.offline) is None:
-        return online(state, session.plan, threads=threads, processes=processes, progress=progress)
+        return online(state, session.plan, threads=threads, processes=processes, progress=progress, values=values)
     return offline(state, session.plan, judged=judged, processes=processes, progress=progress)
 
 
@@ -352,14 +365,24 @@ def _farewell(session: Session, stop: Interrupted) -> str:
     )
 
 
-def _log(session: Session, collected: Collected, report: UpdateReport, clock: Stopwatch, *, last: bool) -> None:
+def _log(
+    session: Session,
+    collected: Collected,
+    report: UpdateReport,
+    clock: Stopwatch,
+    *,
+    fitted: FitReport | None,
+    last: bool,
+) -> None:
     """Writes an epoch's metrics and pictures, of the last one in any case; on the main process only."""
     if not session.processes.is_main:
         return
     state = session.state
-    row = epoch_row(state, collected, report, clock)
+    row = epoch_row(state, collected, report, clock, fitted=fitted)
     session.run.append_metrics(row)
     session.progress.line(epoch_line(row))
+    for finding in session.watch.look(row):
+        session.progress.line(f"WARNING: {finding.sentence} (ddpo doctor {session.run.path})")
     session.tracker.log(scalars(row), step=state.epoch)
     if collected.scores is not None:
         session.tracker.histogram("reward/histogram", collected.scores.total.tolist(), step=state.epoch)

@@ -12,6 +12,7 @@ from ddpo.validation import UserError, within
 from rewards import WeightedSum
 from trainers.config import Config
 from trainers.config.io import to_yaml
+from trainers.diagnosis.watch import Watch
 from trainers.epoch.learning_rate import schedule_notice
 from trainers.epoch.state import TrainState
 from trainers.evaluation.evaluator import Evaluator, evaluation_prompts
@@ -22,7 +23,7 @@ from trainers.parallel.rng import seed_rng
 from trainers.parallel.sharding import distribute
 from trainers.planning.memoryless import memory_notice
 from trainers.planning.plan import BatchPlan, check_judged, check_whole_groups, make_plan
-from trainers.planning.policy_loading import count_decisions, load_policy
+from trainers.planning.policy_loading import check_unseen_steps, count_decisions, load_policy
 from trainers.planning.rounding import rounding_notice
 from trainers.prompts import Prompt, PromptStream, load_prompts
 from trainers.run_folder.checkpoint import (
@@ -84,6 +85,7 @@ class Session:
         evaluation_policy: The policy as evaluations sample from it; its weights are the state's.
         heldout: Rewards that are only measured; None for none.
         tracker: Where metrics go besides the run folder.
+        watch: Looks at the metrics of every epoch; of the main process.
     """
 
     run: RunFolder
@@ -95,6 +97,7 @@ class Session:
     evaluation_policy: Policy
     heldout: WeightedSum | None
     tracker: Tracker
+    watch: Watch
 
 
 def create_run(config: Config, processes: Processes, *, yaml: str, stem: str | None = None) -> RunFolder:
@@ -174,6 +177,8 @@ def make_session(
         branches=policy.rule.branches,
         rank=processes.rank,
     )
+    if config.demand.chain_unit:
+        check_unseen_steps(policy)
     if loaded.reward.groupwise:
         check_whole_groups(plan)
     if config.offline is not None:
@@ -182,7 +187,7 @@ def make_session(
         check_whole_groups(plan, who="an objective", alone=True)
     progress = Progress(enabled=processes.is_main)
     if config.demand.reward_gradient:
-        check_gradient(loaded.reward, name=config.demand.name, progress=progress)
+        check_gradient(loaded.reward, name=config.demand.name, every=config.demand.chain_unit, progress=progress)
     if config.steer is not None:
         check_steering_reward(config.steer, loaded.reward)
     rounding = rounding_notice(
@@ -236,14 +241,21 @@ def make_session(
         evaluation_policy=evaluation_policy,
         heldout=loaded.heldout,
         tracker=tracker,
+        watch=Watch(run, config),
     )
 
 
-def check_gradient(reward: WeightedSum, *, name: str, progress: Progress) -> None:
+def check_gradient(reward: WeightedSum, *, name: str, every: bool, progress: Progress) -> None:
     """Refuses rewards of which none has derivatives, and says which have none beside others that do.
 
+    Args:
+        reward: Of the run.
+        name: Of the objective.
+        every: Whether every reward with a weight must have derivatives.
+        progress: Where it is said.
+
     Raises:
-        UserError: None has, or one compares images.
+        UserError: None has, or not every one that must, or one compares images.
     """
     through, without = reward.with_gradient, reward.without_gradient
     if not through:
@@ -256,6 +268,11 @@ def check_gradient(reward: WeightedSum, *, name: str, progress: Progress) -> Non
         raise UserError(
             f"the objective {name} learns from one image at a time, and {', '.join(compared)} must compare no images; "
             "leave it out, or choose another objective.kind"
+        )
+    if without and every:
+        raise UserError(
+            f"rewards: {', '.join(without)} must be differentiable with objective.noise_free_steps: pathwise, which "
+            "adds the derivative of the whole total; leave it out, or set noise_free_steps: ignored"
         )
     if without:
         progress.line(

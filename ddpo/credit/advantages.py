@@ -38,6 +38,9 @@ advantage above 0 is multiplied by d_i over the group's mean, so that of several
 is no longer the gradient of the reward (`ddpo verify --only gradient --full` has its direction on the exact chain). The
 KL's part of an advantage is not multiplied.
 
+With a critic the baseline of a step is what the critic expects at its state, and the advantages are generalised ones
+(`ddpo.credit.gae`); they compare no samples.
+
 B samples, T steps, G samples a group.
 """
 
@@ -49,8 +52,10 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ddpo.credit.advantage_scale import ScaleRule, SteadyScale, count_flat_groups, divisor, group_std, group_sum
-from ddpo.validation import UserError, check
+from ddpo.credit.advantage_scale import ScaleRule, SteadyScale, count_flat_groups, divisor, group_std
+from ddpo.credit.baselines import cost_to_go, leave_group_out, leave_one_out, mean_square_ratio, rarity
+from ddpo.credit.gae import generalised_advantages
+from ddpo.validation import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,10 @@ class AdvantageConfig:
         baseline: `group` subtracts the mean over the other samples of the prompt in this batch (GRPO's groups, RLOO's
             mean); `prompt` a running mean over the other ones of the prompt's last `buffer_size` scores (DDPO), this
             batch's among them, as with `batch` until `min_count` are known; `batch` the mean over the other samples of
-            the whole batch.
+            the whole batch; `critic` what a critic expects at each step's state (`critic.kind`), until it is warm the
+            mean over the other samples of the prompt, or of the batch where prompts have one sample.
+        gae_lambda: With `critic`: 1 credits a step with all that was earned after it, 0 with the change of the critic's
+            expectation alone; below 1 it varies less, and is biased where the critic is wrong. null takes 0.95.
         scale: What advantages and the KL weight are divided by. `batch_std` is the standard deviation of the whole
             batch's scores, `none` does not divide: with both, alpha is in reward units per nat (`batch_std` of a batch
             of 8 makes it up to a fifth more, of 32 3%). `group_std` is that of the baseline's population (GRPO, DDPO):
@@ -82,7 +90,8 @@ class AdvantageConfig:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    baseline: Literal["group", "prompt", "batch"] = "group"
+    baseline: Literal["group", "prompt", "batch", "critic"] = "group"
+    gae_lambda: float | None = None
     scale: ScaleRule = "batch_std"
     clip: float | None = None
     min_count: int = 16
@@ -91,6 +100,13 @@ class AdvantageConfig:
     diversity: str | None = None
 
     def __post_init__(self) -> None:
+        known = self.gae_lambda is None or 0 <= self.gae_lambda <= 1
+        check(known, "gae_lambda", self.gae_lambda, "in [0, 1], or null")
+        alone = self.gae_lambda is None or self.has_critic
+        check(alone, "gae_lambda", self.gae_lambda, "null without baseline: critic, which it belongs to")
+        cure = "with baseline: critic (it compares no samples)"
+        check(not self.has_critic or self.combination == "sum", "combination", self.combination, f"sum {cure}")
+        check(not self.has_critic or self.diversity is None, "diversity", self.diversity, f"null {cure}")
         cure = "sum, or baseline group or batch: gdpo compares the samples of one epoch"
         check(self.combination == "sum" or self.baseline != "prompt", "combination", self.combination, cure)
         cure = "null with combination: gdpo (its advantages are sums of several)"
@@ -98,6 +114,16 @@ class AdvantageConfig:
         check(self.clip is None or self.clip > 0, "clip", self.clip, "positive or null")
         check(self.min_count >= 2, "min_count", self.min_count, "at least 2")
         check(self.buffer_size >= self.min_count, "buffer_size", self.buffer_size, "at least min_count")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is the baseline."""
+        return self.baseline == "critic"
+
+    @property
+    def effective_gae_lambda(self) -> float:
+        """`gae_lambda`, or its default."""
+        return 0.95 if self.gae_lambda is None else self.gae_lambda
 
     @property
     def notice(self) -> str | None:
@@ -117,14 +143,32 @@ class Advantages:
     Attributes:
         values: (B, T).
         kl_weight: Weight of each sample's own per-step KL in the loss, alpha over the scale, (B,).
+        scale: What both were divided by, (B,) reward units; infinite where they have none.
         zero_variance_groups: Groups whose scores are all equal to rounding; their samples carry no reward signal.
         clipped: Share of entries that the clip changed, in [0, 1].
+        variance_ratio: Of a critic's advantages at steps with noise the mean square, over that of the advantages
+            against the other samples of the prompt (or of the batch); None without a critic that is warm.
     """
 
     values: Tensor
     kl_weight: Tensor
+    scale: Tensor
     zero_variance_groups: int
     clipped: float
+    variance_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a critic expected of an epoch's samples.
+
+    Attributes:
+        values: What was still to be earned at x_0 .. x_{T-1}, the KL of the step at hand included, (B, T) reward units.
+        decisions: Which steps have noise, (T,) bool.
+    """
+
+    values: Tensor
+    decisions: Tensor
 
 
 class Part(NamedTuple):
@@ -159,6 +203,7 @@ class AdvantageEstimator:
         compared: Tensor | None = None,
         twins: Tensor | None = None,
         distances: Tensor | None = None,
+        expected: Expected | None = None,
     ) -> Advantages:
         """Advantages of an epoch, over all processes.
 
@@ -174,6 +219,7 @@ class AdvantageEstimator:
             compared: The part of `scores` that compares the samples of a group, (B,); None for nothing.
             twins: Equal ids of samples that were drawn together, (B,) int64; None where each was drawn alone.
             distances: How far each sample is from the others of its group, (B,), at least 0; where `config.diversity`.
+            expected: The critic's, where it is the baseline and warm.
         """
         assert kl is not None or alpha == 0.0, "the cost-to-go needs the KL of every step"
         scores = scores.double()
@@ -198,18 +244,38 @@ class AdvantageEstimator:
         if distances is not None:
             centered = torch.where(centered > 0, centered * rarity(distances.double(), groups), centered)
         scale = divisor(rule, scores, spread, self._steady)
-        values = (centered[:, None] - leave_one_out(cost, population, twins)) / scale[:, None]
+        each = centered[:, None] - leave_one_out(cost, population, twins)
+        ratio = None
+        if expected is not None:
+            earned = torch.zeros_like(cost) if kl is None else -alpha * kl.double()
+            of_critic = generalised_advantages(
+                scores,
+                earned,
+                expected.values.double(),
+                gae_lambda=self.config.effective_gae_lambda,
+                decisions=expected.decisions,
+            )
+            ratio = mean_square_ratio(of_critic[:, expected.decisions], each[:, expected.decisions])
+            each = of_critic
+        values = each / scale[:, None]
         bound = torch.inf if self.config.clip is None else self.config.clip
         return Advantages(
             values=values.clamp(-bound, bound).float(),
             kl_weight=(alpha / scale).float(),
+            scale=scale.float(),
             zero_variance_groups=count_flat_groups(scores, groups),
             clipped=float((values.abs() > bound).double().mean()),
+            variance_ratio=ratio,
         )
 
     def population(self, groups: Tensor) -> Tensor:
-        """Which samples of an epoch share a baseline, (B,) int64: those of a group, or all."""
-        return groups if self.config.baseline == "group" else torch.zeros_like(groups)
+        """Which samples of an epoch share a baseline, (B,) int64: those of a group, or all.
+
+        Beside a critic those of a group where every group has others.
+        """
+        several = int(torch.unique(groups, return_counts=True)[1].min()) > 1
+        of_groups = self.config.baseline == "group" or (self.config.has_critic and several)
+        return groups if of_groups else torch.zeros_like(groups)
 
     def _decoupled(self, parts: Sequence[Part], population: Tensor, twins: Tensor | None) -> Tensor:
         """GDPO: the weighted sum of each reward's own advantages, without its mean, (B,)."""
@@ -254,49 +320,3 @@ class AdvantageEstimator:
             prompts = state
         scores = cast("Mapping[str, list[float]]", prompts)
         self._history = {prompt: deque(own, maxlen=self.config.buffer_size) for prompt, own in scores.items()}
-
-
-def cost_to_go(kl: Tensor, alpha: float) -> Tensor:
-    """What the steps after k cost, alpha * sum_{j > k} KL_j, (B, T), in reward units."""
-    from_here = kl.flip(1).cumsum(1).flip(1)
-    return alpha * (from_here - kl)
-
-
-def rarity(distances: Tensor, groups: Tensor) -> Tensor:
-    """Each distance (B,) over the mean of its group; 1 where all are 0."""
-    mean = group_sum(distances, groups) / group_sum(torch.ones_like(distances), groups)
-    return torch.where(mean > 0, distances / mean, torch.ones_like(mean))
-
-
-def leave_group_out(values: Tensor, groups: Tensor) -> Tensor:
-    """Each value (B,) minus the mean over the samples of all other groups.
-
-    Raises:
-        UserError: There is one group alone.
-    """
-    count = group_sum(torch.ones_like(values), groups)
-    others = len(values) - count
-    if not others.all():
-        raise UserError(
-            "a reward that compares the images of a group needs at least two groups an epoch, got one: the other "
-            "groups are its baseline; raise batch.samples_per_epoch to twice batch.group_size"
-        )
-    return values - (values.sum() - group_sum(values, groups)) / others
-
-
-def leave_one_out(values: Tensor, groups: Tensor, twins: Tensor | None = None) -> Tensor:
-    """Each value minus the mean of the others of its group: (value - mean) * G / (G - 1), 0 in groups of one.
-
-    Args:
-        values: (B,) or (B, T).
-        groups: (B,) int64.
-        twins: Ids of samples that are left out together, each within a group, (B,) int64; None for each alone.
-    """
-    if twins is not None:
-        ones = torch.ones_like(groups).to(values).reshape(-1, *[1] * (values.ndim - 1))
-        others = group_sum(ones, groups) - group_sum(ones, twins)
-        assert bool((others > 0).all()), "a group is more than samples that were drawn together"
-        return values - (group_sum(values, groups) - group_sum(values, twins)) / others
-    _, member, count = torch.unique(groups, return_inverse=True, return_counts=True)
-    size = count[member].to(values).reshape(-1, *[1] * (values.ndim - 1))
-    return (values - group_sum(values, groups) / size) * size / (size - 1).clamp(min=1)

@@ -54,7 +54,8 @@ class AdjointMatchingConfig:
             that the loss stays a mean over all steps.
         loss_quantile: Leave out samples whose loss is above a moving average of this quantile (published: 0.9): a bias
             against steep rewards, for stability; null for none.
-        replay_epochs: Train again on the targets of so many epochs before, as many terms of each.
+        replay_epochs: Train again on the targets of so many epochs before, as many terms of each; the weight of the KL,
+            which they hold, must then be fixed.
         train_guidance: `same` controls the guided policy that was sampled from. `none` the conditional branch alone, at
             half the cost; the samples then come from another policy.
         updates_per_epoch: Optimizer steps per inner epoch; each takes its own share of every sample's terms.
@@ -107,6 +108,7 @@ class AdjointMatchingConfig:
                 guidance=self.train_guidance == "same",
                 weighs_kl=True,
                 needs_kl=True,
+                kept_targets=self.replay_epochs > 0,
                 reward_gradient=True,
                 keep=Keep.ALL,
                 means=self.loss_quantile is not None,

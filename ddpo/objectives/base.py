@@ -89,11 +89,15 @@ class Demand:
             worth different amounts, and the KL to the pretrained model can have a weight.
         weighs_kl: Whether that KL can have a weight without likelihoods, in losses that compute it themselves.
         needs_kl: Whether it must have one, which takes noise.
+        kept_targets: Whether it trains again on what earlier epochs made with the weight of the KL, which must then
+            stay as it is.
         reward_gradient: Whether its losses differentiate the rewards: those without derivatives are then measured
             alone, and all run in the training processes.
         keep: Which states of the chains it needs.
         means: Whether it needs the means that the steps with noise were sampled from.
         chain: Whether a unit is a chain of steps, so that a unit's memory and rows are those of several of them.
+        chain_unit: Whether the last of a sample's units is a chain, from its first step without noise to the scored
+            image, in which all of its steps are differentiated.
         graph_steps: Of a chain of T steps, the largest number that are differentiated.
         decodes: Images of a unit that are decoded and scored with a graph.
         recomputed: Whether a chain's steps are computed again one by one in the backward pass, so that the activations
@@ -132,10 +136,12 @@ class Demand:
     likelihood: bool = False
     weighs_kl: bool = False
     needs_kl: bool = False
+    kept_targets: bool = False
     reward_gradient: bool = False
     keep: Keep = Keep.FINAL
     means: bool = False
     chain: bool = False
+    chain_unit: bool = False
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps
     decodes: int = 0
     recomputed: bool = False

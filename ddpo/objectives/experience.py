@@ -23,6 +23,7 @@ class Experience:
         penalised: Whether alpha > 0, i.e. the loss has a KL term.
         alpha: Weight of the KL in reward units per nat, whatever advantages are divided by.
         contests: Scores of the contenders of every sample of the epoch, (N, C, M); None where there are none.
+        scale: What the advantages of each sample were divided by, (B,) reward units; None where no scores were.
         prepared: What the objective's own preparation has made of it; None before, and where there is none.
     """
 
@@ -35,6 +36,7 @@ class Experience:
     penalised: bool
     alpha: float = 0.0
     contests: Tensor | None = None
+    scale: Tensor | None = None
     prepared: object | None = None
 
     @property

@@ -7,6 +7,7 @@ A step is one of
     trained      its mean is a function of the weights, and of x_k through the network's Jacobian or, where that is left
                  out (DRTune), by the schedule's coefficients alone
     pretrained   the same by the pretrained weights, which are constants
+    held         the same by the trained weights as constants
     carried      not computed again: x_{k+1} is known, and moves with x_k by its coefficient
 
 A step's activations may be dropped and computed once more in the backward pass; then those of one step are alive at a
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # the policy loads diffusers
     from ddpo.policy import Outputs, Policy
 
 
-StepKind = Literal["trained", "pretrained", "carried"]
+StepKind = Literal["trained", "pretrained", "held", "carried"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Reached:
 
     Attributes:
         latents: Clean latents with their graph, (N, *latent).
-        kl: KL to the pretrained model of the trained steps, as far as they have noise, with its graph, (N,) nats.
+        kl: KL to the pretrained model of trained and held steps, as far as they have noise, with its graph, (N,) nats.
         drift: Half the squared distance of the state after the last step to the sampled one, (N,).
     """
 
@@ -88,7 +89,7 @@ def differentiate(
         if kind == "carried" and not is_end:
             x = latents = _states(path, k + 1) + _carried(policy, k, x - _states(path, k))
             continue
-        own_kl = weighs_kl and kind == "trained"
+        own_kl = weighs_kl and kind in ("trained", "held")
         taken = _Step(policy, _common(k), path.condition, kind=kind, jacobian=stretch.jacobian, weighs_kl=own_kl)
         mean, clean, own = checkpoint(taken, x, use_reentrant=False) if recomputed else taken(x)
         kl = kl + own
@@ -120,6 +121,9 @@ class _Step:
         seen = x if self._jacobian else x.detach()
         if self._kind == "pretrained":
             outputs = self._stock(seen)
+        elif self._kind == "held":
+            with policy.using(policy.trainable(), grad=torch.is_grad_enabled()):
+                outputs = policy.outputs(k, seen, self._condition)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._kind == "trained"):
                 outputs = policy.outputs(k, seen, self._condition)

@@ -34,6 +34,7 @@ from torch import Tensor
 from ddpo.objectives.base import Demand, Loss, Models
 from ddpo.objectives.experience import Experience
 from ddpo.objectives.surrogates import centred_log_ratio, masked_loss, ppo_loss, reinforce_loss
+from ddpo.objectives.unseen_steps import WithUnseenSteps, with_chain
 from ddpo.placement import fetch
 from ddpo.sampling.schedule import Schedule
 from ddpo.trajectory import Condition, Keep
@@ -62,6 +63,10 @@ class PolicyGradientConfig:
             alone, at half the cost; the samples then come from another policy, so that its gradient is not that of the
             reward. The KL that training measures, weighs and bounds is then the conditional policy's; an evaluation's
             is that of the guided policy, another number.
+        noise_free_steps: What becomes of steps without noise, whose weights no likelihood sees. `ignored` leaves their
+            part of the gradient out (docs/samplers.md). `pathwise` adds it: the derivative of the reward, and of the
+            weighted KL after them, through these steps, so that the gradient is that of the objective; for rewards
+            with derivatives, at one more term an image, a chain from the first such step to the scored picture.
         step_fraction: Share of each sample's stochastic steps that is trained on, drawn anew per inner epoch.
         updates_per_epoch: Optimizer steps per inner epoch; each takes its own share of every sample's steps.
         inner_epochs: Passes over an epoch's samples.
@@ -77,6 +82,7 @@ class PolicyGradientConfig:
     mask_nats: float | None = None
     step_weight: Literal["none", "noise_level"] = "none"
     train_guidance: Literal["same", "none"] = "same"
+    noise_free_steps: Literal["ignored", "pathwise"] = "ignored"
     step_fraction: float = 1.0
     updates_per_epoch: int = 2
     inner_epochs: int = 1
@@ -101,6 +107,10 @@ class PolicyGradientConfig:
         instead = "null with mask: kl (it takes the place of the clip; its bound is mask_nats)"
         check(not masked or self.clip_range is None, "clip_range", self.clip_range, instead)
 
+        whole = self.noise_free_steps == "ignored" or (self.step_weight, self.train_guidance) == ("none", "same")
+        cure = "ignored with another step_weight than none, or train_guidance than same (both change the gradient)"
+        check(whole, "noise_free_steps", self.noise_free_steps, cure)
+
     @property
     def is_on_policy(self) -> bool:
         """Whether an epoch has one update, whose ratios are all 1."""
@@ -117,12 +127,12 @@ class PolicyGradientConfig:
         """`mask_nats`, or its default."""
         return 0.02 if self.mask_nats is None else self.mask_nats
 
-    def build(self) -> "PolicyGradient":
+    def build(self) -> "PolicyGradient | WithUnseenSteps":
         """The objective with these keys."""
         masked = self.mask == "kl"
         ppo = (masked_loss, self.effective_mask_nats) if masked else (ppo_loss, self.effective_clip_range)
         surrogate, bound = (reinforce_loss, 0.0) if self.surrogate == "reinforce" else ppo
-        return PolicyGradient(
+        seen = PolicyGradient(
             demand=Demand(
                 name=self.surrogate,
                 unit="stochastic step",
@@ -142,6 +152,9 @@ class PolicyGradientConfig:
             guarded=self.ratio == "guard",
             by_noise=self.step_weight == "noise_level",
         )
+        if self.noise_free_steps == "ignored":
+            return seen
+        return WithUnseenSteps(demand=with_chain(seen.demand), seen=seen)
 
 
 @dataclass(frozen=True, kw_only=True)

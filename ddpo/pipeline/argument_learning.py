@@ -6,6 +6,7 @@ rows but another value for another prompt is common to the rows that share it (`
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ddpo.pipeline.arguments import Arguments, Mask, PerRow
@@ -58,10 +59,17 @@ def _per_row(found: Sequence[tuple[object, int]], *, alone: bool) -> PerRow | No
     """Where the rows are, if they are anywhere."""
     if all(is_list_of_tensors(value) and len(value) == size for value, size in found):
         return PerRow(listed=True, ragged=0)
+    layered = all(_is_layered(value) for value, _ in found)
+    if layered:
+        found = [(torch.stack(value), size) for value, size in found]  # type: ignore[arg-type]
     tensors = [(value, size) for value, size in found if isinstance(value, Tensor) and value.ndim > 0]
     if len(tensors) != len(found) or len({value.ndim for value, _ in tensors}) != 1:
         return None
-    places = [(1, 0)] if alone else [(n, axis) for axis in range(tensors[0][0].ndim) for n in _entries(tensors, axis)]
+    places = (
+        [(1, int(layered))]
+        if alone
+        else [(n, axis) for axis in range(tensors[0][0].ndim) for n in _entries(tensors, axis)]
+    )
     fitting = [(n, axis) for n, axis in places if all(value.shape[axis] == n * size for value, size in tensors)]
     if not fitting:
         return None
@@ -71,7 +79,12 @@ def _per_row(found: Sequence[tuple[object, int]], *, alone: bool) -> PerRow | No
     uneven = [index for index, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if len(uneven) > 1:
         return None
-    return PerRow(axis=axis, entries=entries, ragged=uneven[0] if uneven else None)
+    return PerRow(axis=axis, entries=entries, layered=layered, ragged=uneven[0] if uneven else None)
+
+
+def _is_layered(value: object) -> bool:
+    """Whether a value is a list of tensors of one shape."""
+    return is_list_of_tensors(value) and len({row.shape for row in value}) == 1
 
 
 def _entries(tensors: Sequence[tuple[Tensor, int]], axis: int) -> list[int]:

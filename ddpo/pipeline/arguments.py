@@ -32,12 +32,15 @@ class PerRow:
         axis: Where the rows are.
         entries: Entries of that axis for each row.
         listed: Whether it is a list with a tensor for each row.
+        layered: Whether it is a list of tensors of one shape with all rows each, such as one for each layer; `axis` is
+            that of these tensors stacked.
         ragged: Axis of a row's own tensor that is as long as the prompt; None for none.
     """
 
     axis: int = 0
     entries: int = 1
     listed: bool = False
+    layered: bool = False
     ragged: int | None = None
 
     def take(self, value: object, rows: int) -> Tensor:
@@ -45,18 +48,22 @@ class PerRow:
         if self.listed:
             assert is_list_of_tensors(value), "a list when it was learnt"
             return ragged.stack(value)
+        if self.layered:
+            assert is_list_of_tensors(value), "a list when it was learnt"
+            value = torch.stack(value)
         assert isinstance(value, Tensor), "a tensor when it was learnt"
         taken: Tensor = value.movedim(self.axis, 0)
         if self.entries > 1:
             taken = taken.unflatten(0, (rows, self.entries))
         return taken if self.ragged is None else taken.movedim(self.ragged + 1, 1)
 
-    def give(self, rows: Tensor) -> Tensor:
-        """Inverse of `take`, of an argument that is no list."""
+    def give(self, rows: Tensor) -> Tensor | list[Tensor]:
+        """Inverse of `take`, of an argument that is no list with a tensor for each row."""
         value = rows if self.ragged is None else rows.movedim(1, self.ragged + 1)
         if self.entries > 1:
             value = value.flatten(0, 1)
-        return value.movedim(0, self.axis)
+        value = value.movedim(0, self.axis)
+        return list(value.unbind()) if self.layered else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,26 +4,30 @@ Pipelines differ in the names of the same few things; they are read from the sig
 
     prompts    `prompt`; `batch_size` for an unconditional pipeline, whose prompts are counted and otherwise ignored
     guidance   `guidance_scale`; `true_cfg_scale` with negative prompts where `guidance_scale` is only the input of
-               guidance-distilled weights and is left out by default (Qwen-Image)
+               guidance-distilled weights and is left out by default (Qwen-Image); the `guider`, a component, where the
+               call has no scale (HunyuanVideo 1.5)
     images     `image`, one a prompt, of a pipeline that edits (FLUX Kontext, Qwen-Image-Edit)
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModelMixin
 from PIL.Image import Image
 
 from ddpo.pipeline.foreign_inputs import check_inputs
 from ddpo.pipeline.input_images import DEFAULT_SIDE, IMAGE
-from ddpo.pipeline.tracing import UntraceableError
+from ddpo.pipeline.tracing import UntraceableError, replaced
 from ddpo.sampling.samplers import SamplerConfig
 from ddpo.validation import FieldError
 
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
+GUIDER = "guider"
+SYNONYMS = {"num_frames": ("num_frames", "frames", "video_length")}  # Sana Video's and Latte's last
 Batch = Literal["any", "one", "scalar"]
 
 
@@ -33,7 +37,8 @@ class PipelineCall:
 
     Attributes:
         prompts: The parameter that says how many images: `prompt` or `batch_size`.
-        guidance: The parameter of the guidance scale; None for a pipeline without.
+        guidance: The parameter of the guidance scale, or `guider` where that component has it; None for a pipeline
+            without.
         num_steps: Denoising steps.
         guidance_scale: Guidance as the pipeline defines it.
         fixed: Arguments that are always the same, such as height and width.
@@ -95,11 +100,21 @@ class PipelineCall:
         given.update({name: values[0] if self.batch == "scalar" else values for name, values in each.items()})
         if self.prompts == "batch_size":
             given["batch_size"] = len(prompts)
-        if self.guidance is not None:
+        if self.guidance not in (None, GUIDER):
             given[self.guidance] = scale
         if generator is not None:
             given["generator"] = generator
         return given
+
+    @contextmanager
+    def guiding(self, pipeline: DiffusionPipeline, scale: float | None = None) -> Iterator[None]:
+        """The pipeline's guider, if it has one, has this guidance scale (default as configured), for a `with` block."""
+        if self.guidance != GUIDER:
+            yield
+            return
+        guider = pipeline.guider.new(guidance_scale=self.guidance_scale if scale is None else scale)
+        with replaced(pipeline, GUIDER, guider):
+            yield
 
 
 def read_call(
@@ -122,23 +137,23 @@ def read_call(
     prompts = next((option for option in ("prompt", "batch_size") if option in parameters), None)
     if prompts is None:
         raise UntraceableError(f"{name} takes neither prompt nor batch_size; a policy needs one to say how many images")
-    fixed = {
-        option: value
-        for option, value in (
-            ("height", sampler.height), ("width", sampler.width), ("num_frames", sampler.num_frames),
-            ("guidance_rescale", sampler.guidance_rescale or None),
-        )
-        if value is not None
+    options = {
+        "height": sampler.height, "width": sampler.width, "num_frames": sampler.num_frames,
+        "guidance_rescale": sampler.guidance_rescale or None,
     }  # fmt: skip
-    refused = [option for option in fixed if option not in parameters]
-    if refused:
-        option = refused[0]
-        raise FieldError(f"sampler.{option}", fixed[option], f"left out with {name}, which takes no {option}")
+    fixed: dict[str, object] = {}
+    for option, value in options.items():
+        own = next((known for known in SYNONYMS.get(option, (option,)) if known in parameters), None)
+        if value is None:
+            continue
+        if own is None:
+            raise FieldError(f"sampler.{option}", value, f"left out with {name}, which takes no {option}")
+        fixed[own] = value
     if "use_resolution_binning" in parameters and {"height", "width"} <= set(fixed):
         fixed["use_resolution_binning"] = False  # else a size that was asked for becomes the nearest of a table
     call = PipelineCall(
         prompts=prompts,
-        guidance=_guidance(parameters, denoiser),
+        guidance=_guidance(pipeline, parameters, denoiser),
         num_steps=sampler.num_steps,
         guidance_scale=sampler.guidance_scale,
         fixed=fixed,
@@ -160,9 +175,13 @@ def _with_images(call: PipelineCall, parameters: Mapping[str, inspect.Parameter]
     return replace(call, fixed=fixed, image_size=(width, height), no_images="")
 
 
-def _guidance(parameters: Mapping[str, inspect.Parameter], denoiser: ModelMixin) -> str | None:
+def _guidance(
+    pipeline: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], denoiser: ModelMixin
+) -> str | None:
     scale = parameters.get("guidance_scale")
     optional = scale is None or scale.default is None
     if "true_cfg_scale" in parameters and optional and not denoiser.config.get("guidance_embeds", False):
         return "true_cfg_scale"
+    if scale is None and isinstance(pipeline.components.get(GUIDER), ClassifierFreeGuidance):
+        return GUIDER
     return None if scale is None else "guidance_scale"

@@ -17,11 +17,13 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from PIL import Image
 from torch import Tensor
 
-from ddpo.pipeline.call import PipelineCall
+from ddpo.pipeline.call import BLANK, PipelineCall
+from ddpo.pipeline.nested import first_output
 from ddpo.pipeline.offload import Offload
 from ddpo.pipeline.tracing import hollowed, replaced, step_output
 from ddpo.validation import FieldError
 
+UNGUIDED = 1.0
 # Parts that change finished pictures and may be absent, and which option of the pipeline's says that they may.
 OVERLAYS = {"safety_checker": "requires_safety_checker", "watermark": None, "watermarker": None}
 
@@ -66,7 +68,7 @@ class Decoder:
         self._call = call
         self._device = device
         self._offload = offload
-        self._prompt = ""
+        self._prompt = BLANK
         self._color = "black"
         self._encoded: dict[int, object] = {}
         self._encoded_images: dict[torch.Size, object] = {}
@@ -106,7 +108,8 @@ class Decoder:
             [self._prompt] * count,
             images=[Image.new("RGB", size, self._color)] * count if size else None,
             output_type="pt",
-            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(torch.initial_seed()),  # of latents that the tail does not see
+            guidance_scale=UNGUIDED,
         )
         pipeline = self.pipeline
         run = type(pipeline).__call__.__wrapped__ if with_gradient else type(pipeline).__call__  # type: ignore[attr-defined]
@@ -122,20 +125,21 @@ class Decoder:
             return step_output(latents.to(dtype), options)
 
         with ExitStack() as stack:
-            # The pipeline draws initial latents that the tail does not see: leave no trace in the global generators.
+            # Whatever the pipeline draws leaves no trace in the global generators.
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
             stack.enter_context(self._without_encoders(len(latents)) if self._offload.enabled else nullcontext())
             stack.enter_context(self._offload.auxiliaries())
             stack.enter_context(hollowed(self._denoiser))
             stack.enter_context(replaced(pipeline.scheduler, "step", step))
             stack.enter_context(without_overlays(pipeline))
+            stack.enter_context(self._call.guiding(pipeline, UNGUIDED))
             if vae is not own:
                 stack.enter_context(replaced(pipeline, "vae", vae))
             if size:
                 stack.enter_context(replaced(vae, "encode", partial(self._encode_image, own)))
             if hasattr(pipeline, "encode_prompt"):
                 stack.enter_context(replaced(pipeline, "encode_prompt", self._encode_prompt))
-            images = run(pipeline, **arguments, return_dict=False)[0].float()
+            images = first_output(run(pipeline, **arguments)).float()
         is_grey = images.shape[-3] == 1
         return images.repeat_interleave(3, dim=-3) if is_grey else images
 

@@ -95,6 +95,10 @@ class Denoiser:
             self.experts = tuple(step.calls[0].expert for step in steps)
             self._expert_times = torch.stack([step.calls[0].timestep.flatten()[0].float().cpu() for step in steps])
 
+    def expert_of(self, k: int) -> str:
+        """The network that makes step k; empty where there is one."""
+        return self.experts[k] if self.experts else ""
+
     def _expert(self, time: float) -> str:
         return self.experts[int((self._expert_times - time).abs().argmin())]
 

@@ -5,9 +5,11 @@ hands its scheduler for them is compared with every product of
 
     layout   which calls are made, and where the branches are in them
     line     a point on the line through n and p
-    finish   the norm or the spread of p restored, the half of the channels that is a learned variance dropped, the sign
+    finish   the norm, the spread or some channels of p restored, the half of the channels that is a learned variance
+             dropped, the sign
 
-and the product that gives the same numbers is kept: no network runs for that, and branches are never equal by chance.
+and the products that give the same numbers are kept: no network runs for that, and branches are never equal by chance.
+A real step of the pipeline then tells those apart that are equal here.
 
 B is the batch, `latent` the latent shape; p is the conditional output, n the unconditional one, w the scale.
 """
@@ -110,6 +112,17 @@ def norm_preserving(guided: Tensor, positive: Tensor) -> Tensor:
     return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
 
 
+def norm_capped(guided: Tensor, positive: Tensor) -> Tensor:
+    """The same where guidance made it longer; never made longer itself (LongCat)."""
+    ratio = torch.norm(positive, dim=-1, keepdim=True) / (torch.norm(guided, dim=-1, keepdim=True) + 1e-8)
+    return guided * ratio.clamp(max=1.0)
+
+
+def first_channels(guided: Tensor, positive: Tensor) -> Tensor:
+    """Guided in three channels alone, as if they were RGB (Lumina; first in DiT's code)."""
+    return torch.cat([guided[:, :3], positive[:, 3:]], dim=1)
+
+
 @dataclass(frozen=True)
 class Rescaled:
     """Partly brought back to the spread of p (Lin et al., arXiv:2305.08891, eq. 15 and 16).
@@ -166,6 +179,8 @@ def rules(*, rescale: float = 0.0) -> Iterator[GuidanceRule]:
     if rescale > 0:
         restores["rescaled"] = Rescaled(rescale)
     restores["norm preserving"] = norm_preserving
+    restores["norm capped"] = norm_capped
+    restores["three channels"] = first_channels
     for layout in SHAPES:
         alone = layout == "single"
         for line_name, line in ({"": None} if alone else LINES).items():
@@ -185,8 +200,8 @@ def unguided(rule: GuidanceRule) -> GuidanceRule:
     return GuidanceRule(name="unguided", layout="single", combine=lambda _, p, scale: rule.combine(p, p, 1.0))
 
 
-def find_rule(step: Step, outputs: Sequence[Tensor], scale: float, *, rescale: float = 0.0) -> GuidanceRule:
-    """The guidance rule that makes the pipeline's model output of its denoiser's outputs.
+def find_rules(step: Step, outputs: Sequence[Tensor], scale: float, *, rescale: float = 0.0) -> list[GuidanceRule]:
+    """The guidance rules that make the pipeline's model output of its denoiser's outputs, the nearest and usual first.
 
     Args:
         step: One recorded step.
@@ -199,7 +214,7 @@ def find_rule(step: Step, outputs: Sequence[Tensor], scale: float, *, rescale: f
     """
     calls, rows = len(step.calls), step.calls[0].latents.shape[0] // step.sample.shape[0]
     target = step.model_output
-    nearest, best = float("inf"), None
+    errors: list[tuple[float, GuidanceRule]] = []
     for rule in rules(rescale=rescale):
         if SHAPES[rule.layout] != (calls, rows):
             continue
@@ -207,12 +222,11 @@ def find_rule(step: Step, outputs: Sequence[Tensor], scale: float, *, rescale: f
         if output.shape != target.shape:
             continue
         error = float((output - target).abs().max())
-        if error < nearest:
-            nearest, best = error, rule
-        if error == 0.0:
-            return rule
-    if best is not None and nearest <= rounding(target):
-        return best
+        errors.append((error, rule))
+    fitting = [(error, rule) for error, rule in errors if error <= rounding(target)]
+    if fitting:
+        return [rule for _, rule in sorted(fitting, key=lambda pair: pair[0])]
+    nearest, best = min(errors, key=lambda pair: pair[0], default=(0.0, None))
     known = f"; the nearest rule, {best.name}, is off by {nearest:.2g}" if best else ""
     raise UntraceableError(
         f"the pipeline's guidance is none that can be reproduced: of {calls} denoiser call(s) of {rows} row(s) a "

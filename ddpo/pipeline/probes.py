@@ -84,8 +84,10 @@ def probe(pipeline: DiffusionPipeline, denoiser: ModelMixin, call: PipelineCall,
         raise
     except Exception as error:  # whatever the pipeline's own code raises, it cannot be called like this
         given = "prompts, an image for each, and noise" if call.image_size else "prompts and noise alone"
+        sizes = [str(call.fixed[side]) for side in ("width", "height") if side in call.fixed]
+        size = f" at {'x'.join(sizes)} pixels" if sizes else ""
         raise UntraceableError(
-            f"{name} fails when it is called from {given}{more_inputs(pipeline)}: {type(error).__name__}: "
+            f"{name} fails when it is called from {given}{size}{more_inputs(pipeline)}: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
     _check_steps(name, one, steps, three)

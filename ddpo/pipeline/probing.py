@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpo.pipeline.call import Batch, PipelineCall, read_call
 from ddpo.pipeline.denoiser import Denoiser
-from ddpo.pipeline.guidance import GuidanceRule, find_rule, rounding
+from ddpo.pipeline.guidance import GuidanceRule, find_rules, rounding
 from ddpo.pipeline.input_images import probe_images
 from ddpo.pipeline.probes import PROBE_PROMPTS, Probes, differing, probe
 from ddpo.pipeline.scheduler import clip_range, noise_grid, prediction_type
@@ -96,9 +96,9 @@ def read_pipeline(
     denoiser.learn_experts(steps)
     denoiser.output_type = probes.real[0].model_output.dtype
     scale, rescale = sampler.guidance_scale, sampler.guidance_rescale
-    rule = find_rule(steps[0], denoiser.outputs(steps[0]), scale, rescale=rescale)
+    rules = find_rules(steps[0], denoiser.outputs(steps[0]), scale, rescale=rescale)
     with denoiser.autocast():
-        _check_outputs(type(pipeline).__name__, denoiser, rule, scale, noisy.model_time[0], probes.real)
+        rule = _confirmed(type(pipeline).__name__, denoiser, rules, scale, noisy.model_time[0], probes.real)
     return Reading(
         denoiser=denoiser,
         call=call,
@@ -120,36 +120,44 @@ def _adaptable(used: frozenset[str], denoiser: Denoiser, noisy: Schedule) -> fro
 
 
 @torch.no_grad()
-def _check_outputs(
-    name: str, denoiser: Denoiser, rule: GuidanceRule, scale: float, time: Tensor, real: Sequence[Step]
-) -> None:
-    """Compares our own calls of the network with the pipeline's, on two prompts.
+def _confirmed(
+    name: str, denoiser: Denoiser, rules: Sequence[GuidanceRule], scale: float, time: Tensor, real: Sequence[Step]
+) -> GuidanceRule:
+    """The first rule under which our own calls of the network give what the pipeline's do, on two prompts.
 
     Args:
         name: The pipeline's.
         denoiser: Its denoiser; told whether it makes no batches.
-        rule: The guidance rule.
+        rules: Guidance rules that fit the hollow trace; all make the same calls.
         scale: Guidance as the pipeline defines it.
         time: Of the first step, in the denoiser's unit.
         real: The first step of the real loop for both prompts, or for each.
+
+    Raises:
+        UntraceableError: None does.
     """
 
-    def replayed(step: Step, condition: Condition) -> Tensor:
+    def replayed(step: Step, condition: Condition, rule: GuidanceRule) -> Tensor:
         return rule.combine(*denoiser.branches(step.sample, time.expand(len(step.sample)), condition, rule), scale)
 
+    def error(rule: GuidanceRule) -> float:
+        off = [replayed(step, denoiser.condition(step, rule), rule) - step.model_output for step in real]
+        return max(float(one.abs().max()) / rounding(step.model_output) for one, step in zip(off, real, strict=True))
+
+    rule = next((rule for rule in rules if error(rule) <= 1), None)
+    if rule is None:
+        off = error(rules[0]) * rounding(real[0].model_output)
+        raise UntraceableError(
+            f"{name} makes another model output of its denoiser's than a policy does, off by {off:.2g} under the "
+            f"guidance rule {rules[0].name}: its network depends on more than its arguments"
+        )
     conditions = [denoiser.condition(step, rule) for step in real]
-    for step, condition in zip(real, conditions, strict=True):
-        error = float((replayed(step, condition) - step.model_output).abs().max())
-        if not error <= rounding(step.model_output):
-            raise UntraceableError(
-                f"{name} makes another model output of its denoiser's than a policy does, off by {error:.2g} under the "
-                f"guidance rule {rule.name}: its network depends on more than its arguments"
-            )
     if len(real) > 1:  # the pipeline makes no batches, and its network may not either
         sample = torch.cat([step.sample for step in real])
         output = torch.cat([step.model_output for step in real])
-        ours = replayed(replace(real[0], sample=sample), Condition.concatenate(conditions))
+        ours = replayed(replace(real[0], sample=sample), Condition.concatenate(conditions), rule)
         denoiser.one_row = not float((ours - output).abs().max()) <= BATCH_ROUNDING * rounding(output)
+    return rule
 
 
 def _check_chance(pipeline: DiffusionPipeline, module: ModelMixin, call: PipelineCall, one: Step) -> None:
@@ -179,7 +187,7 @@ def recorded_steps(
     generator = torch.Generator().manual_seed(seed)
     output = "pt" if pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
     arguments = call.arguments(prompts, images=images, output_type=output, generator=generator)
-    with torch.no_grad():
+    with torch.no_grad(), call.guiding(pipeline):
         return trace(pipeline, module, arguments, num_steps=num_steps, hollow=hollow)
 
 

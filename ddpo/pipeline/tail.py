@@ -1,40 +1,51 @@
 """What a pipeline does after its loop, looked at once: rewards are given pictures in [0, 1] and nothing else.
 
-One latent is decoded when a policy is made, then once more under another prompt, other input images and other chance:
-the tail must make the same of it, since a policy decodes latents without what they were made from.
+One latent is decoded when a policy is made, then once more beside another under another prompt, other input images and
+other chance: the tail must make the same of it, since a policy decodes latents without what they were made from. A VAE
+that decodes in tiles alone is told to; what decodes no two latents at a time is found.
 """
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from ddpo.pipeline.call import BLANK
 from ddpo.pipeline.decoding import Decoder
 from ddpo.pipeline.tracing import UntraceableError, first_line
 
+_LOG = logging.getLogger(__name__)
 PROMPT, COLOR = "a b c", "white"
 ONE_SHADE = 1 / 255
 
 
-def check_tail(decoder: Decoder, latent_shape: tuple[int, ...], *, device: torch.device) -> None:
+def check_tail(decoder: Decoder, latent_shape: tuple[int, ...], *, device: torch.device) -> bool:
     """Refuses a pipeline whose pictures are not what rewards take, or depend on more than the final latents.
+
+    The VAE is switched to tiles where it can decode in no other way.
 
     Args:
         decoder: Of the pipeline.
         latent_shape: Shape of one sample's latents.
         device: Where it runs.
 
+    Returns:
+        Whether it decodes several latents at a time.
+
     Raises:
         UntraceableError: What is wrong with its pictures.
     """
     name = type(decoder.pipeline).__name__
-    latents = torch.randn(1, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    two = torch.randn(2, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
     devices = [device] if device.type == "cuda" else []
 
-    def decoded(prompt: str, color: str, seed: int) -> Tensor:
+    latents = two[:1]
+
+    def decoded(prompt: str, color: str, seed: int, latents: Tensor = latents) -> Tensor:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
@@ -45,11 +56,18 @@ def check_tail(decoder: Decoder, latent_shape: tuple[int, ...], *, device: torch
             ) from error
 
     with _in_tiles(decoder.pipeline):
-        plain = decoded("", "black", 0)
+        plain = decoded(BLANK, "black", 0)
         _check_picture(plain, name)
-        if _alike(plain, decoded(PROMPT, COLOR, 1)):
-            return
-        if not _alike(plain, decoded("", "black", 1)):
+        several = True
+        try:
+            other = decoded(PROMPT, COLOR, 1, two)[:1]
+        except UntraceableError:  # HunyuanVideo 1.5's VAE; if it decodes not even one, that is raised here
+            several, other = False, decoded(PROMPT, COLOR, 1)
+    if _alike(plain, other):
+        _tile_if_needed(decoder, latents)
+        return several
+    with _in_tiles(decoder.pipeline):
+        if not _alike(plain, decoded(BLANK, "black", 1)):
             raise UntraceableError(f"{name} draws at random while it makes a picture of its final latents")
         seen = "input image" if _alike(plain, decoded(PROMPT, "black", 0)) else "prompt"
     raise UntraceableError(
@@ -71,6 +89,32 @@ def _check_picture(images: object, name: str) -> None:
 
 def _alike(images: Tensor, others: Tensor) -> bool:
     return images.shape == others.shape and float((images - others).abs().max()) < ONE_SHADE
+
+
+class _DecodesError(Exception):
+    """The VAE has come to its layers."""
+
+
+def _tile_if_needed(decoder: Decoder, latents: Tensor) -> None:
+    """Switches the VAE to tiles if it refuses to decode without, which is seen before its first layer runs."""
+    vae = decoder.pipeline.components.get("vae")
+    if not isinstance(vae, AutoencoderMixin) or getattr(vae, "use_tiling", True):
+        return
+
+    def stop(*_: object) -> None:
+        raise _DecodesError
+
+    assert isinstance(vae, nn.Module)
+    with ExitStack() as stack, torch.no_grad():
+        for layer in vae.children():
+            stack.callback(layer.register_forward_pre_hook(stop).remove)
+        try:
+            decoder.frames(latents)
+        except _DecodesError:
+            return
+        except NotImplementedError:
+            vae.enable_tiling()
+            _LOG.warning("%s decodes in tiles alone; it is set to do so", type(vae).__name__)
 
 
 @contextmanager

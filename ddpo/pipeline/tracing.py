@@ -183,7 +183,7 @@ def recording(
         return output
 
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> object:
-        steps.append(Step(calls=tuple(calls), sample=sample, model_output=model_output))
+        steps.append(Step(calls=tuple(calls), sample=sample.clone(), model_output=model_output))
         calls.clear()
         if num_steps is not None and len(steps) >= num_steps:
             raise _StopTracing
@@ -258,7 +258,7 @@ def _latents(bound: Mapping[str, object], names: CallNames) -> Tensor:
 def _record(bound: Mapping[str, object], names: CallNames, output: object, expert: str) -> Call:
     rest = {name: value for name, value in bound.items() if name not in (names.latents, names.timestep, "return_dict")}
     return Call(
-        latents=_latents(bound, names),
+        latents=_latents(bound, names).clone(),  # some loops write the next latents into the same tensor
         timestep=torch.as_tensor(bound[names.timestep]),
         arguments=flatten(rest),
         listed=is_list_of_tensors(bound[names.latents]),

@@ -61,9 +61,9 @@ class SamplerConfig:
         last_step: Where the chain ends, and by which weights. `stock`: where the pipeline's own sampler ends, in many
             pipelines without noise, by the trained weights; a likelihood objective does not see what they do there.
             `pretrained`: at the same place; if that step has no noise, the pretrained weights make it. `noisy`: at the
-            smallest noise level at which it still has a density. Under both of these the gradient of a likelihood
-            objective is complete and the path KL bounds the pictures' KL: see docs/samplers.md. Samplers without noise
-            have the stock end.
+            smallest noise level at which it still has a density. Under both of these, where all other steps have noise,
+            the gradient of a likelihood objective is complete and the path KL bounds the pictures' KL: see
+            docs/samplers.md. Samplers without noise have the stock end.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -108,6 +108,29 @@ class SamplerConfig:
     def ends_noisy(self) -> bool:
         """Whether the last step is given noise that the pipeline's own may not have."""
         return self.last_step == "noisy" and not self.is_noise_free
+
+    def check_last_step(self) -> None:
+        """Raises `FieldError` where nothing would read `last_step`: without noise, or without any in the last step."""
+        without = f"stock with {'kind: ode' if self.kind == 'ode' else 'eta: 0'} (without noise all steps are alike)"
+        check(self.last_step == "stock" or not self.is_noise_free, "last_step", self.last_step, without)
+        never = "stock or pretrained with stochastic_steps that never come to the last step"
+        reaches = self.stochastic_steps.reaches_last(self.num_steps)
+        check(reaches or not self.ends_noisy, "last_step", self.last_step, never)
+
+    def steps_from_first_unseen(self, num_stochastic: int) -> int:
+        """At most how many steps a chain has from the first on that the trained weights make without noise.
+
+        Args:
+            num_stochastic: Steps with noise, or one more.
+        """
+        before = num_stochastic if self.stochastic_steps.starts_noisy else 0
+        return max(1, self.num_steps - before)
+
+    @property
+    def hides_no_step(self) -> bool:
+        """Whether, whatever the pipeline, the trained weights make no step without noise."""
+        covered = self.stochastic_steps.kind == "all" and self.stochastic_steps.reaches_last(self.num_steps)
+        return covered and self.last_step != "stock" and not self.is_noise_free
 
     @property
     def max_stochastic_steps(self) -> int:

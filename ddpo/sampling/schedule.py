@@ -9,6 +9,7 @@ T is the number of steps; all tensors of a schedule have shape (T,).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -73,10 +74,15 @@ class Schedule:
         """T, deterministic steps included."""
         return self.a.shape[0]
 
-    @property
+    @cached_property
     def stochastic_steps(self) -> tuple[int, ...]:
         """Indices of the steps that have noise."""
-        return tuple(int(k) for k in torch.nonzero(self.stochastic).flatten())
+        return tuple(torch.nonzero(self.stochastic).flatten().tolist())
+
+    @property
+    def unseen_steps(self) -> tuple[int, ...]:
+        """Indices of the steps without noise that the trained weights make: no likelihood sees what they do there."""
+        return tuple(k for k in range(self.num_steps) if k not in (*self.stochastic_steps, *self.pretrained_steps))
 
     @property
     def named_stochastic_steps(self) -> str:

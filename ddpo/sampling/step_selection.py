@@ -106,6 +106,17 @@ class StepSelection:
         return size
 
     @property
+    def starts_noisy(self) -> bool:
+        """Whether the stochastic steps are the first ones in every epoch, with nothing before or between them."""
+        return self.kind == "all" or (self.kind == "window" and not self.changes and not self.start)
+
+    def reaches_last(self, num_steps: int) -> bool:
+        """Whether the last of T steps, all of which can have noise, is stochastic in some epoch."""
+        steps = self.candidates(range(num_steps), num_steps)
+        stays = self.kind == "window" and not self.changes
+        return steps[-1] == num_steps - 1 and not (stays and (self.start or 0) + self._size < num_steps)
+
+    @property
     def _size(self) -> int:
         return DEFAULT_SIZE[self.kind] if self.size is None else self.size
 

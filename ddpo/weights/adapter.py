@@ -34,7 +34,8 @@ class LoraConfig:
     Attributes:
         rank: Rank r of each update B @ A.
         alpha: Scale; the update is (alpha / rank) B @ A. null takes `rank`, i.e. a scale of 1.
-        target_modules: Suffixes of the linear or convolution layers to adapt; null takes the attention projections.
+        target_modules: Suffixes of the linear or convolution layers to adapt; null takes the attention projections,
+            by diffusers' usual names, or where none has one, the linear layers of all attention modules.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -165,13 +166,24 @@ def _idle(denoiser: nn.Module, targets: Collection[str], names: Collection[str],
 def default_targets(denoiser: nn.Module) -> tuple[str, ...]:
     """The attention projections that this denoiser has, as suffixes of layer names."""
     names = [name for name, layer in denoiser.named_modules() if _adaptable(layer)]
-    found = tuple(suffix for suffix in ATTENTION_PROJECTIONS if any(name.endswith("." + suffix) for name in names))
+    usual = tuple(suffix for suffix in ATTENTION_PROJECTIONS if any(name.endswith("." + suffix) for name in names))
+    found = usual or tuple(dict.fromkeys(_of_attention(denoiser)))
     if not found:
         raise UserError(
-            f"{type(denoiser).__name__} has no attention projections ({', '.join(ATTENTION_PROJECTIONS)}); "
-            "name the layers to adapt in adapter.target_modules"
+            f"{type(denoiser).__name__} has no attention projections ({', '.join(ATTENTION_PROJECTIONS)}) and no "
+            "linear layers in attention modules; name the layers to adapt in adapter.target_modules"
         )
     return found
+
+
+def _of_attention(denoiser: nn.Module) -> Iterator[str]:
+    """Suffixes of the linear layers that attention modules hold, under whatever names, with those of their modules."""
+    from diffusers.models.attention import AttentionModuleMixin
+
+    for name, module in denoiser.named_modules():
+        if isinstance(module, AttentionModuleMixin):
+            own = name.rpartition(".")[2]
+            yield from (f"{own}.{child}" for child, layer in module.named_children() if isinstance(layer, nn.Linear))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 INSIDE = ("ddpo/objectives/", "trainers/config")
-OWN_KEYS = {"surrogate", "step_fraction", "train_guidance", "inner_epochs"}
+OWN_KEYS = {"surrogate", "step_fraction", "train_guidance", "inner_epochs", "noise_free_steps"}
 SHIPPED = sorted(
     path
     for package in ("ddpo", "rewards", "trainers", "benchmarks", "scripts")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpo.control.diffusion.toy_problem import toy_problem
-from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, leave_one_out, rarity
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
+from ddpo.credit.baselines import leave_one_out, rarity
 from ddpo.seeds import group_seeds, sample_seeds
 
 

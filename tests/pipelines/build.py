@@ -37,9 +37,10 @@ class Row:
         denoiser: More of the denoiser's configuration.
         vae: More of the VAE's configuration.
         parts: Further arguments of the constructor.
-        encoders: Classes of text encoders that annotations leave open, by parameter.
+        classes: Classes of text encoders and VAEs that annotations leave open, by parameter.
         scheduler: Class of the scheduler where it is another.
         scheduler_options: Of the scheduler.
+        attributes: Numbers that the constructor leaves on the pipeline, where they are large.
         second: Whether `transformer_2` is given.
         name: For the table; the class without `Pipeline` if empty.
     """
@@ -53,9 +54,10 @@ class Row:
     denoiser: Mapping[str, object] = field(default_factory=dict)
     vae: Mapping[str, object] = field(default_factory=dict)
     parts: Mapping[str, object] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)
     scheduler: str = ""
     scheduler_options: Mapping[str, object] = field(default_factory=dict)
+    attributes: Mapping[str, object] = field(default_factory=dict)
     second: bool = False
     name: str = ""
 
@@ -80,7 +82,7 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
         if name in row.parts:
             parts[name] = row.parts[name]
         elif name.startswith("text_encoder") and "select" not in name:
-            classes = [row.encoders[name]] if name in row.encoders else _names(parameter)
+            classes = _classes(row, parameter)
             kind = next((kind for kind in classes if kind in ENCODERS), None)
             if kind is None:
                 raise LookupError(f"no tiny text encoder for {' | '.join(classes)}")
@@ -93,10 +95,13 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
             kind = next(kind for kind in _names(parameter) if hasattr(diffusers, kind))
             parts[name] = build(kind, dict(row.denoiser))
         elif name in VAE_NAMES:
-            kind = next((kind for kind in _names(parameter) if kind in VAES), None)
+            classes = _classes(row, parameter)
+            kind = next((kind for kind in classes if kind in VAES), None)
             if kind is None:
-                raise LookupError(f"no shrunken {' | '.join(_names(parameter))}")
+                raise LookupError(f"no shrunken {' | '.join(classes)}")
             parts[name] = build(kind, dict(row.vae), is_vae=True)
+        elif name == "guider" and not optional:
+            parts[name] = diffusers.ClassifierFreeGuidance()
         elif name == "scheduler":
             parts[name] = _scheduler(row, _names(parameter))
         elif name == "requires_safety_checker" or name == "add_watermarker":
@@ -107,8 +112,15 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
             parts[name] = None
     missing = [name for name, p in parameters.items() if name not in parts and p.default is inspect.Parameter.empty]
     pipeline: DiffusionPipeline = known(**parts, **dict.fromkeys(missing))
+    for name, value in row.attributes.items():
+        setattr(pipeline, name, value)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _classes(row: Row, parameter: inspect.Parameter) -> list[str]:
+    """Classes that a part may have: the row's, else the annotation's."""
+    return [row.classes[parameter.name]] if parameter.name in row.classes else _names(parameter)
 
 
 def _names(parameter: inspect.Parameter) -> list[str]:

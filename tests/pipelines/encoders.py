@@ -6,6 +6,7 @@ Every encoder's hidden size is `HIDDEN`, which is also the width of every denois
 from collections.abc import Callable
 
 import transformers
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,13 @@ def clip(name: str) -> Pair:
     return tokenizer, getattr(transformers, name)(text_config(tokenizer)).eval()
 
 
+def long_clip(name: str) -> Pair:
+    """CLIP for texts of more than 77 tokens, as HiDream's."""
+    tokenizer = tiny_tokenizer()
+    config = text_config(tokenizer, max_position_embeddings=248)
+    return tokenizer, transformers.CLIPTextModelWithProjection(config).eval()
+
+
 def t5(name: str) -> Pair:
     """T5 and its relatives with an encoder alone."""
     tokenizer, _ = tiny_t5()
@@ -37,10 +45,15 @@ def t5(name: str) -> Pair:
 
 
 def language(model: str, config: str, **options: object) -> Callable[[str], Pair]:
-    """Builds a decoder-only language model of one configuration."""
+    """Builds a decoder-only language model of one configuration; texts of Gemma and GLM have a first token."""
 
     def build(name: str) -> Pair:
         tokenizer = character_tokenizer()
+        tokenizer.model_max_length = 256  # PRX pads to it
+        tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token  # HiDream pads with what ends a text
+        if "Gemma" in model or "Glm" in model:
+            begin = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+            tokenizer.backend_tokenizer.post_processor = begin
         known = getattr(transformers, config)(vocab_size=len(tokenizer), **{**SMALL, **options})
         return tokenizer, getattr(transformers, model)(known).eval()
 
@@ -56,7 +69,7 @@ def with_eyes(name: str) -> Pair:
 def qwen3_vl(name: str) -> Pair:
     """Qwen3-VL with a small tower of vision."""
     tokenizer = character_tokenizer()
-    text = {**SMALL, "vocab_size": len(tokenizer), "rope_parameters": {
+    text = {**SMALL, "vocab_size": len(tokenizer), "num_hidden_layers": 8, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}}  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN,
               "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
@@ -74,11 +87,14 @@ def bert(name: str) -> Pair:
 ENCODERS: dict[str, Callable[[str], tuple[PreTrainedTokenizerBase, nn.Module]]] = {
     "CLIPTextModel": clip,
     "CLIPTextModelWithProjection": clip,
+    "LongCLIP": long_clip,
     "T5EncoderModel": t5,
     "UMT5EncoderModel": t5,
     "BertModel": bert,
     "Gemma2PreTrainedModel": language("Gemma2Model", "Gemma2Config"),
     "GemmaPreTrainedModel": language("GemmaModel", "GemmaConfig"),
+    "T5GemmaEncoder": language("Gemma2Model", "Gemma2Config"),  # a stand-in: pipelines take its last hidden state
+    "T5Gemma2Encoder": language("Gemma2Model", "Gemma2Config"),
     "GlmModel": language("GlmModel", "GlmConfig"),
     "LlamaModel": language("LlamaModel", "LlamaConfig"),
     "LlamaForCausalLM": language("LlamaForCausalLM", "LlamaConfig"),

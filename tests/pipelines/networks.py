@@ -71,7 +71,7 @@ DENOISERS: dict[str, dict[str, object]] = {
     },
     "SD3Transformer2DModel": {"patch_size": 1, "pooled_projection_dim": 2 * HIDDEN, "caption_projection_dim": HIDDEN},
     "PixArtTransformer2DModel": {**NORMED, **LEARNED_VARIANCE, "use_additional_conditions": False, "sample_size": 8},
-    "LatteTransformer3DModel": {**NORMED, **LEARNED_VARIANCE, "sample_size": 8},
+    "LatteTransformer3DModel": {**NORMED, **LEARNED_VARIANCE, "sample_size": 8, "patch_size": 2},
     "AllegroTransformer3DModel": {"sample_height": 8, "sample_width": 8, "sample_frames": 2,
                                   "attention_head_dim": 24, "cross_attention_dim": 48},
     "HunyuanDiT2DModel": {**LEARNED_VARIANCE, "patch_size": 2, "pooled_projection_dim": 16, "learn_sigma": True,

@@ -99,6 +99,28 @@ def test_options_are_compared_with_the_constructor_before_anything_is_made():
         check_rewards(a_config(name="brightness", options={"x": 1}))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vlm_judge", {"timeout": float("nan")}, "option 'timeout' must be a finite number, got nan"),
+        ("diversity", {"embedding": float("-inf")}, "option 'embedding' must be a finite number, got -inf"),
+        (
+            "rank",
+            {"reward": "aesthetic", "options": {"scale": float("inf")}},
+            "option 'options.scale' must be a finite",
+        ),
+        (
+            "geometric",
+            {"terms": [{"name": "brightness"}, {"name": "nsfw", "weight": float("nan")}]},
+            "option 'terms.1.weight' must be a finite number, got nan",
+        ),
+    ],
+)
+def test_numbers_in_options_are_finite_before_anything_is_made(name, options, message):
+    with pytest.raises(ConfigError, match=rf"^rewards.0.name: reward .*{message}"):
+        check_rewards(a_config(name=name, options=options))
+
+
 def test_names_that_would_be_reported_twice_are_refused_before_anything_is_made():
     terms = (RewardTerm(name="brightness"), RewardTerm(name="rewards.builtin.color:brightness"))
     with pytest.raises(ConfigError, match=r"rewards: two reward terms report as 'brightness'.* a label"):

@@ -68,10 +68,12 @@ def test_a_run_leaves_everything_a_user_looks_for(model: Path, tmp_path: Path) -
     run = start(write_config(tmp_path, model))
     expected = [
         "config.yaml", "environment.json", "metrics.jsonl", "pictures/epoch_000002.png", "before_after.png",
-        "summary.txt", "summary.json", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
+        "summary.txt", "summary.json", "curves.png", "report.html",
+        "lora/pytorch_lora_weights.safetensors", "lora/README.md",
         "checkpoints/epoch_000003/pytorch_lora_weights.safetensors", "evaluations/epoch_000000.safetensors",
     ]  # fmt: skip
     assert [name for name in expected if not (run / name).is_file()] == []
+    assert "<td>finished</td><td>3/3</td>" in (run / "report.html").read_text(encoding="utf-8")
     rows = read_metrics(run)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[0]["kl/path_nats"] == 0.0

@@ -58,6 +58,14 @@ def run_folder(text: str) -> Path:
     return path
 
 
+def run_or_config(text: str) -> Path | str:
+    """A run folder as a path; what is a file, or names no folder, stays a text: a configuration."""
+    path = Path(text)
+    is_name = len(path.parts) == 1 and not path.is_dir()
+    is_config = is_name or path.is_file() or path.with_name(f"{path.name}.yaml").is_file()
+    return text if is_config else run_folder(text)
+
+
 def existing(text: str) -> Path:
     """A file or folder that exists."""
     path = Path(text)
@@ -96,6 +104,14 @@ def share(text: str) -> float:
     number = float(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {number:g}")
+    return number
+
+
+def epochs_of_a_rise(text: str) -> int:
+    """A number of epochs in which a rise can be told from noise."""
+    number = int(text)
+    if number < 6:
+        raise argparse.ArgumentTypeError(f"must be at least 6 epochs (fewer tell no rise from noise), got {number}")
     return number
 
 

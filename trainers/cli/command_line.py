@@ -73,6 +73,13 @@ for FLUX), so resolution, precision, adapter, gradient checkpointing, guidance a
 """
 
 
+_COMPLETION_EPILOG = """\
+  ddpo completion bash > ~/.local/share/bash-completion/completions/ddpo
+  ddpo completion zsh >> ~/.zshrc              (after compinit)
+  ddpo completion fish > ~/.config/fish/completions/ddpo.fish
+"""
+
+
 _TOLD = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What a file system refuses and its message explains: names, full disks, what is read-only."""
 
@@ -88,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        Exit status, whether anybody reads the output or not: 0, 1 when `verify` or `check` finds a failure, 2 for a
-        user error, 75 when training stopped on a signal and can be resumed, 130 when anything else was interrupted.
+        Exit status, whether anybody reads the output or not: 0, 1 when `verify`, `check` or `doctor CONFIG` finds a
+        failure, 2 for a user error, 75 when training stopped on a signal and can be resumed, 130 when anything else was
+        interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
@@ -162,6 +170,9 @@ def _run(arguments: list[str]) -> int:
             return 0
         own = ("--resume", "--checkpoint", "--accept", "--num-processes", "--utilisation", "--json")
         rest, overrides = split_overrides(arguments[1:], own=own)
+        arguments = [command, *rest]
+    elif command == "doctor":
+        rest, overrides = split_overrides(arguments[1:], own=("--images", "--overfit", "--help"))
         arguments = [command, *rest]
     elif command == "pareto" and "--sweep" in arguments:
         rest, overrides = split_overrides(arguments[1:], own=("--sweep", "--weights", "--x", "--y", "--out", "--help"))
@@ -270,6 +281,17 @@ def _print_run(run: Path) -> None:
         print(f"run folder: {run}")
 
 
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
+    return _parser()[0]
+
+
+def _completion(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.cli.completion import script
+
+    print(script(options.shell, make_parser()), end="")
+
+
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="ddpo",
@@ -296,4 +318,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     add_run_commands(commands)
     add_verification_commands(commands)
     add_reward_commands(commands)
+    completion = command(commands, "completion", _completion, "print what a shell completes ddpo by",
+                         epilog=_COMPLETION_EPILOG)  # fmt: skip
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="which one")
     return parser, {"train": train, "plan": plan}

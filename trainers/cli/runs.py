@@ -1,10 +1,19 @@
-"""`ddpo runs`, `doctor`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
+"""`ddpo runs`, `doctor`, `report`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
 
 import argparse
 import json
 from pathlib import Path
 
-from trainers.cli.arguments import add_accept, as_given, existing, model, positive, run_folder
+from trainers.cli.arguments import (
+    add_accept,
+    as_given,
+    epochs_of_a_rise,
+    existing,
+    model,
+    positive,
+    run_folder,
+    run_or_config,
+)
 from trainers.cli.parser import Parser, command
 from trainers.parallel.launcher import is_main_process
 
@@ -13,6 +22,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Adds the subcommands."""
     _add_runs(commands)
     _add_doctor(commands)
+    _add_report(commands)
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -27,9 +37,39 @@ def _add_runs(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+_DOCTOR_EPILOG = """\
+  ddpo doctor runs/NAME                          reads a finished or running run
+  ddpo doctor sd15_aesthetic --model.path ...    before a run: samples, scores and trains a little of it
+
+Before a run: spread of the scores, their noise floor, what sampling noise costs, signal in the gradient, nats that an
+epoch moves, the clip in nats, time and memory. --key value as in train. --overfit 20: the reward must rise on a single
+prompt. Exit status 1 when something of a configuration is wrong.
+"""
+
+
 def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = command(commands, "doctor", _doctor, "what happened in a run: why it is flat or broke, what to change")
-    parser.add_argument("run", type=run_folder, metavar="RUN", help="run folder, finished or running")
+    about = "what happened in a run, or what to expect of a configuration: why, and what to change"
+    parser = command(commands, "doctor", _doctor, about, epilog=_DOCTOR_EPILOG)
+    parser.add_argument("subject", type=run_or_config, metavar="RUN|CONFIG", help="run folder, or a configuration")
+    parser.add_argument("--images", type=positive, metavar="N", help="of CONFIG: images of an epoch (default 32)")
+    parser.add_argument(
+        "--overfit", type=epochs_of_a_rise, metavar="EPOCHS", help="of CONFIG: also train on one prompt"
+    )
+
+
+_REPORT_EPILOG = """\
+One HTML file that needs no network: configuration, findings, evaluations, curves, pictures, steps, time.
+
+  ddpo report runs/a                     writes runs/a/report.html, as the end of a run does
+  ddpo report runs/a runs/b runs/c       writes report.html here: the runs beside each other, what differs first
+"""
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "one HTML page of a run, or of several beside each other"
+    parser = command(commands, "report", _report, about, epilog=_REPORT_EPILOG)
+    parser.add_argument("runs", type=run_folder, nargs="+", metavar="RUN", help="run folders, finished or running")
+    parser.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html, of several report.html)")
 
 
 _SAMPLE_EPILOG = """\
@@ -187,10 +227,37 @@ def _runs(options: argparse.Namespace, _: list[str]) -> None:
         print(as_table(runs) if runs else f"there are no runs in {options.folder}")
 
 
-def _doctor(options: argparse.Namespace, _: list[str]) -> None:
+def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    from ddpo.validation import UserError
     from trainers.diagnosis.doctor import describe, examine
 
-    print(describe(examine(options.run)))
+    if isinstance(options.subject, Path):
+        if overrides or options.images or options.overfit:
+            raise UserError("a run is read as it is: --images, --overfit and --key value are for a configuration")
+        print(describe(examine(options.subject)))
+        return 0
+    from trainers.checkup.checkup import examine_config, overfit
+    from trainers.config.io import load_config
+
+    config = load_config(options.subject, overrides)
+    found = examine_config(config, num_images=options.images or 32)
+    print(describe(found), flush=True)
+    if options.overfit is not None:
+        found.append(overfit(config, epochs=options.overfit))
+        print(describe(found[-1:]))
+    return int(any(finding.verdict == "wrong" for finding in found))
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from trainers.report.page import REPORT, write_report
+    from trainers.run_folder.writable import check_file, check_folder
+
+    alone = options.runs[0] if len(options.runs) == 1 else Path()
+    output = options.output or alone / REPORT
+    check_folder("--output", output.parent)
+    if output.parent.is_dir():
+        check_file("--output", output)
+    print(write_report(options.runs, output))
 
 
 def _sample(options: argparse.Namespace, overrides: list[str]) -> None:

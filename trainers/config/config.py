@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Tag
 
 from ddpo.credit.advantages import AdvantageConfig
+from ddpo.credit.critic import CriticConfig
 from ddpo.credit.kl import AdaptiveKL, FixedKL
 from ddpo.credit.lagrangian import KL_NAME, Constraint
 from ddpo.credit.potential import check_steps
@@ -26,6 +27,7 @@ from ddpo.trajectory import Keep
 from ddpo.validation import check, within
 from ddpo.weights.adapter import FullConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
+from trainers.config.chain_unit import check_chain_unit
 from trainers.config.evaluation_sampler import EvaluationSampler
 from trainers.config.groups import (
     BatchConfig,
@@ -70,6 +72,7 @@ class Config:
         batch: Numbers of samples and what fits on a device.
         distributed: How several processes share the network.
         optimizer: AdamW and its learning rate.
+        critic: A learnt value function, the baseline of each step.
         rewards: What is maximised: the weighted sum of these.
         constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
         heldout_rewards: Measured in evaluations, never optimised.
@@ -115,6 +118,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     rewards: tuple[RewardTerm, ...] = ()
     constraints: tuple[Constraint, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
@@ -159,7 +163,9 @@ class Config:
         with within("shaping"):
             check_steps(self.shaping.steps, self.sampler.num_steps)
         self._check_noise()
+        self._check_last_step()
         self._check_offline()
+        self._check_critic()
         self._check_groups()
         self._check_group_noise()
         self._check_steer()
@@ -198,6 +204,11 @@ class Config:
             why = "the weight of a nat is what its targets are made of"
             check(not self.sampler.is_noise_free, "sampler.kind", self.sampler.kind, f"a stochastic sampler {chosen}")
             check(self.kl.alpha != 0, "kl.alpha", self.kl.alpha, f"positive {chosen} ({why})")
+        if self.demand.kept_targets:
+            why = "with objective.replay_epochs (targets of earlier epochs hold the weight that the KL had then)"
+            check(isinstance(self.kl, FixedKL), "kl.kind", self.kl.kind, f"fixed {why}")
+            bounded = [constraint.reward for constraint in self.constraints]
+            check(KL_NAME not in bounded, "constraints", bounded, f"without {KL_NAME} {why}")
         if not self.demand.likelihood:
             has_term, has_kl = self.demand.weighs_kl, not self.sampler.is_noise_free
             why = "steps without noise have no KL" if has_term else "it has no KL term"
@@ -214,6 +225,15 @@ class Config:
         cure = f"more than objective.first_step {chosen} (next states are compared at the steps from there on)"
         check(not demand.contenders or demand.contended(steps) > 0, "sampler.num_steps", self.sampler.num_steps, cure)
 
+    def _check_last_step(self) -> None:
+        """The end of a chain that a sampler is told must be one that it can have; evaluations may take training's."""
+        with within("sampler"):
+            self.sampler.check_last_step()
+        own = self.evaluation.sampler
+        if own is not None and own.last_step is not None:
+            with within("evaluation.sampler"):
+                self.evaluation_sampler.check_last_step()
+
     def _check_offline(self) -> None:
         """Judged images have neither chains nor new scores."""
         if self.offline is None:
@@ -226,6 +246,25 @@ class Config:
         check(demand.margin <= 1, "objective.margin", demand.margin, cure)
         cure = "[] with offline (judged images have no rewards to bound)"
         check(not self.constraints, "constraints", [one.reward for one in self.constraints], cure)
+
+    def _check_critic(self) -> None:
+        """A critic is learnt where it is the baseline, of steps that are worth different amounts."""
+        is_baseline, kind = self.advantages.has_critic, self.critic.kind
+        cure = "network or features with advantages.baseline: critic (none would be learnt)"
+        check(self.critic.is_on or not is_baseline, "critic.kind", kind, cure)
+        cure = f"none without advantages.baseline: critic (now {self.advantages.baseline}), which alone asks it"
+        check(is_baseline or not self.critic.is_on, "critic.kind", kind, cure)
+        if not is_baseline:
+            return
+        cure = f"group, prompt or batch with objective.kind: {self.objective.kind} (all its steps are worth the same)"
+        check(self.demand.likelihood, "advantages.baseline", "critic", cure)
+        read = self.critic.kind == "features" and self.model.compile
+        check(not read, "critic.kind", kind, "network with model.compile (what runs inside is not read)")
+        cure = "[] with advantages.baseline: critic (a critic is a potential that is learnt)"
+        check(not self.shaping.steps, "shaping.steps", list(self.shaping.steps), cure)
+        cure = "none, std or zscore with advantages.baseline: critic (it does not know a prompt's remembered scores)"
+        for number, term in enumerate(self.rewards):
+            check(term.normalize != "prompt_zscore", f"rewards.{number}.normalize", term.normalize, cure)
 
     def _check_groups(self) -> None:
         group, samples = self.batch.group_size, self.batch.samples_per_epoch
@@ -246,7 +285,7 @@ class Config:
             chosen = "with batch.group_noise: antithetic"
             cure = f"group or batch {chosen} (a prompt's remembered scores do not tell pairs apart)"
             check(baseline != "prompt", "advantages.baseline", baseline, cure)
-            name = "group_size" if baseline == "group" else "samples_per_epoch"
+            name = "samples_per_epoch" if baseline == "batch" else "group_size"
             cure = f"at least 4 {chosen} (the baseline of a pair is the mean over other pairs)"
             check(getattr(batch, name) >= 4, f"batch.{name}", getattr(batch, name), cure)
         same = self.demand.same_start and batch.group_noise == "antithetic"
@@ -301,6 +340,8 @@ class Config:
             bounded = [constraint.reward for constraint in self.constraints if constraint.reward != KL_NAME]
             cure = f"[] but for {KL_NAME} with objective.kind: {self.objective.kind} (bounds are multipliers of scores)"
             check(not bounded, "constraints", bounded, cure)
+        if self.demand.chain_unit:
+            check_chain_unit(self)
         is_gdpo = self.advantages.combination == "gdpo"
         used = {"constraints": bool(self.constraints), "shaping.steps": bool(self.shaping.steps)}
         extra = [name for name, is_used in used.items() if is_used]

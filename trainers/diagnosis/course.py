@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from trainers.config import Config
 from trainers.config.io import load_config
 from trainers.run_folder.folder import RunFolder, read_metrics
+from trainers.tracking.first_look import metric_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,12 @@ class Course:
                 return found
         return []
 
+    @property
+    def measures(self) -> list[str]:
+        """Names of what the evaluations measured, in the order to read them."""
+        records = [record.get("measures") for record in self.evaluations]
+        return list(dict.fromkeys(name for found in records if isinstance(found, Mapping) for name in found))
+
     def measured(self, name: str) -> list[float]:
         """The means of a measure over the evaluations."""
         found = []
@@ -41,6 +48,18 @@ class Course:
             with suppress(KeyError, TypeError, ValueError):
                 found.append(float(record["measures"][name]["mean"]))  # type: ignore[index]
         return found
+
+    @property
+    def evaluation_rows(self) -> list[dict[str, object]]:
+        """What the evaluations measured, a row an epoch, by the keys of trackers; `KEY_se` is an error of `KEY`."""
+        rows: list[dict[str, object]] = []
+        for record in self.evaluations:
+            with suppress(KeyError, TypeError, AttributeError):
+                measures = {f"eval/{metric_key(name)}": one for name, one in record["measures"].items()}  # type: ignore[attr-defined]
+                means = {key: one["mean"] for key, one in measures.items()}
+                errors = {f"{key}_se": one["error"] for key, one in measures.items()}
+                rows.append({"epoch": record["epoch"], **means, **errors})
+        return rows
 
     @property
     def reward(self) -> list[float]:

@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
-from trainers.diagnosis.course import read_course, rise
+from trainers.diagnosis.course import Course, read_course, rise
 from trainers.diagnosis.finding import Finding
 from trainers.diagnosis.rules import findings
 from trainers.run_folder.folder import RunFolder
 
 
 def examine(run: Path) -> list[Finding]:
-    """What there is to say of a run, the worst first; a single `fine` where no rule finds anything."""
-    course = read_course(RunFolder.open(run))
+    """What there is to say of a run folder, as `verdicts`."""
+    return verdicts(read_course(RunFolder.open(run)))
+
+
+def verdicts(course: Course) -> list[Finding]:
+    """What there is to say of a course, the worst first; a single `fine` where no rule finds anything."""
     found = findings(course)
     if found:
         return found

@@ -26,6 +26,11 @@ class Finding:
     cure: str = ""
     series: Sequence[float] = field(default=())
 
+    @property
+    def sentence(self) -> str:
+        """In one line."""
+        return f"{self.name}: {self.evidence}" + (f"; change {self.cure}" if self.cure else "")
+
     def lines(self) -> list[str]:
         """For a terminal."""
         plot = f"  {sparkline(self.series)}" if len(self.series) > 1 else ""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from ddpo.objectives import Experience, Models
 from ddpo.steered import Steering
 from rewards import Scores
 from trainers.epoch.credit import Credit, CreditRules, credit
+from trainers.epoch.critic import ValueLearner, value_learner
 from trainers.epoch.learning_rate import schedule_updates
 from trainers.epoch.path_kl import EpochKL
 from trainers.epoch.sample import Sampler
@@ -57,7 +59,13 @@ Source = Callable[[int, Stopwatch], Collected]
 
 
 def online(
-    state: TrainState, plan: BatchPlan, *, threads: ThreadPoolExecutor, processes: Processes, progress: Progress
+    state: TrainState,
+    plan: BatchPlan,
+    *,
+    threads: ThreadPoolExecutor,
+    processes: Processes,
+    progress: Progress,
+    values: ValueLearner | None = None,
 ) -> Source:
     """Data that the policy samples itself.
 
@@ -67,6 +75,7 @@ def online(
         threads: In which rewards run.
         processes: Who shares an epoch.
         progress: Shows the batches.
+        values: The critic; None for none.
     """
     config = state.config
     sample = Sampler(
@@ -83,12 +92,14 @@ def online(
         seed=config.seed,
         processes=processes,
         progress=progress,
+        reader=None if values is None else values.reader,
     )
     rules = CreditRules(
         reward=state.reward,
         multipliers=state.multipliers,
         estimator=state.advantages,
         shaping_strength=config.shaping.strength,
+        warmup_epochs=config.critic.warmup_epochs,
         paired=config.batch.group_noise == "antithetic",
     )
 
@@ -107,6 +118,8 @@ def online(
         )
         with clock("sample"):
             kl = sample.path_kl(scored.samples.trajectory)
+        with clock("critic") if values is not None else nullcontext():
+            outcome = None if values is None else values.outcome(scored, kl)
         credited = credit(
             scored,
             kl,
@@ -116,10 +129,18 @@ def online(
             groups=torch.arange(len(prompts)) // plan.group_size,
             prompts=[prompt.group for prompt in prompts],
             own=processes.share(len(prompts)),
+            outcome=outcome,
         )
         return Collected(prompts=prompts, experience=credited.experience, scores=scored.scores, kl=kl, credit=credited)
 
     return source
+
+
+def critic_of(state: TrainState, plan: BatchPlan, *, processes: Processes) -> ValueLearner | None:
+    """How a run's critic learns; None without one. Arguments as for `online`."""
+    if state.critic is None:
+        return None
+    return value_learner(state.config, state.policy, state.critic, state.learners[-1], plan, processes)
 
 
 def _steering(state: TrainState, threads: ThreadPoolExecutor) -> Steering | None:
@@ -154,7 +175,7 @@ def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progres
         score=differentiated,
         preparation=state.preparation,
         models=Models(policy=state.policy, old=state.old, score=differentiated),
-        learners=state.learners,
+        learners=(state.learner,),
         rule=adamw(
             config.optimizer,
             scaler=state.scaler,

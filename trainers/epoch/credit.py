@@ -7,15 +7,30 @@ import torch
 from torch import Tensor
 
 from ddpo.credit.advantage_scale import group_std
-from ddpo.credit.advantages import AdvantageEstimator, Advantages, Part
-from ddpo.credit.lagrangian import Multipliers
+from ddpo.credit.advantages import AdvantageEstimator, Advantages, Expected, Part
+from ddpo.credit.gae import explained_variance, returns
+from ddpo.credit.lagrangian import KL_NAME, Multipliers
 from ddpo.credit.potential import held_potential
 from ddpo.objectives import Experience
 from ddpo.validation import check
 from rewards import Scores, WeightedSum
 from trainers.epoch.constraints import ConstraintReport, constrained_scores, measure_constraints
+from trainers.epoch.critic import Outcome
 from trainers.epoch.path_kl import EpochKL
 from trainers.epoch.score import Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foresight:
+    """How well a critic has foreseen what an epoch's samples earned, before it was fitted to them.
+
+    Attributes:
+        explained: Share of the variance of what was earned from each step on that it explains, (T,).
+        error: Root mean square of its error over samples and steps, reward units.
+    """
+
+    explained: Tensor
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,8 @@ class Credit:
         constraints: What the constraints measured and added.
         alpha: KL weight that was used, reward units per nat.
         shaping: Share of the variance of the scores that the last intermediate reward explains; NaN without shaping.
+        outcome: What a critic expected and what came; None without one.
+        foresight: How far apart the two are; None without a critic.
     """
 
     experience: Experience
@@ -35,6 +52,8 @@ class Credit:
     constraints: ConstraintReport
     alpha: float
     shaping: float
+    outcome: Outcome | None = None
+    foresight: Foresight | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,7 @@ class CreditRules:
         estimator: Turns scores into advantages; may remember scores per prompt.
         shaping_strength: Factor on the scores of predicted images.
         paired: Whether samples 2j and 2j + 1 were drawn together.
+        warmup_epochs: Epochs in which a critic is no baseline yet.
     """
 
     reward: WeightedSum
@@ -54,6 +74,7 @@ class CreditRules:
     estimator: AdvantageEstimator
     shaping_strength: float
     paired: bool = False
+    warmup_epochs: int = 0
 
 
 def credit(
@@ -66,6 +87,7 @@ def credit(
     groups: Tensor,
     prompts: Sequence[str],
     own: range,
+    outcome: Outcome | None = None,
 ) -> Credit:
     """Constraints, shaping, the KL's cost-to-go and baselines make advantages of scores.
 
@@ -78,6 +100,7 @@ def credit(
         groups: Which samples share a prompt slot, (N,) int64.
         prompts: What tells the N samples' prompts apart.
         own: Places of this process's samples.
+        outcome: What a critic expected and what came; None without one.
     """
     scores, path = scored.scores, scored.samples.trajectory
     reward, multipliers = rules.reward, rules.multipliers
@@ -92,6 +115,7 @@ def credit(
         compared = constrained_scores(multipliers, reward, part, report, compared=True)
     potential = shaping_potential(by_step, strength=rules.shaping_strength, num_steps=path.schedule.num_steps)
     alpha = alpha + report.alpha
+    expected = None if outcome is None else expected_worth(outcome, rules, report, alpha=alpha, epoch=epoch)
     advantages = rules.estimator(
         worth,
         groups,
@@ -104,6 +128,7 @@ def credit(
         compared=compared,
         distances=_distances(rules, scores),
         twins=torch.arange(len(groups)) // 2 if rules.paired else None,
+        expected=expected if epoch >= rules.warmup_epochs else None,
     )
     rows, device = slice(own.start, own.stop), path.log_probs.device
     experience = Experience(
@@ -116,6 +141,7 @@ def credit(
         contests=contest_scores(contests),
         penalised=alpha > 0,
         alpha=alpha,
+        scale=advantages.scale[rows].to(device),
     )
     return Credit(
         experience=experience,
@@ -123,7 +149,48 @@ def credit(
         constraints=report,
         alpha=alpha,
         shaping=explained(worth, potential, rules.estimator.population(groups)),
+        outcome=outcome,
+        foresight=None if expected is None else foresight(worth, kl, expected, alpha=alpha),
     )
+
+
+def expected_worth(
+    outcome: Outcome, rules: CreditRules, report: ConstraintReport, *, alpha: float, epoch: int
+) -> Expected:
+    """What a critic expects of samples, of its heads combined as the scores are: total, constraints, and the KL's cost.
+
+    Args:
+        outcome: Values of every head.
+        rules: Weights of the scores and of the constraints.
+        report: What the constraints measured.
+        alpha: Weight of the KL, the constraints' part included.
+        epoch: Finished epochs.
+    """
+    by_head = dict(zip(outcome.heads, outcome.values.unbind(-1), strict=True))
+    cost = by_head.pop(KL_NAME, None)
+    steps = []
+    for k in range(outcome.values.shape[1]):
+        components = {name: values[:, k] for name, values in by_head.items()}
+        part = Scores(total=rules.reward.total(components, epoch=epoch), components=components)
+        steps.append(constrained_scores(rules.multipliers, rules.reward, part, report))
+    worth = torch.stack(steps, dim=1)
+    return Expected(values=worth if cost is None else worth - alpha * cost, decisions=outcome.decisions)
+
+
+def foresight(worth: Tensor, kl: EpochKL | None, expected: Expected, *, alpha: float) -> Foresight:
+    """How far what a critic expected is from what was earned.
+
+    Args:
+        worth: Of the samples, (N,).
+        kl: To the pretrained model.
+        expected: Of the samples.
+        alpha: Weight of the KL.
+    """
+    cost = None if kl is None else kl.of_all
+    earned = torch.zeros_like(expected.values) if cost is None else -alpha * cost.double()
+    found = returns(worth.double(), earned)
+    error = float((found - expected.values).square().mean().sqrt())
+    return Foresight(explained=explained_variance(found, expected.values), error=error)
 
 
 def contest_scores(by_contender: Mapping[tuple[int, int], Tensor]) -> Tensor | None:

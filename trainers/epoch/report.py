@@ -13,7 +13,8 @@ from rewards import Scores
 from rewards.tools.table import table
 from trainers.epoch.binding import Collected
 from trainers.epoch.constraints import ConstraintReport
-from trainers.epoch.credit import Credit
+from trainers.epoch.credit import Credit, Foresight
+from trainers.epoch.critic import FitReport
 from trainers.epoch.path_kl import EpochKL
 from trainers.epoch.state import TrainState
 from trainers.epoch.update import UpdateReport
@@ -38,7 +39,9 @@ EPOCH_LINE = {
 WALL_CLOCK = ("seconds/", "time/", "images_per_second", "memory_gib")
 
 
-def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clock: Stopwatch) -> dict[str, Metric]:
+def epoch_row(
+    state: TrainState, collected: Collected, report: UpdateReport, clock: Stopwatch, *, fitted: FitReport | None = None
+) -> dict[str, Metric]:
     """The metrics of an epoch. Keys beginning with one of `WALL_CLOCK` vary between runs; others are exact.
 
     Args:
@@ -46,6 +49,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         collected: Its data.
         report: Its updates.
         clock: Its phases.
+        fitted: Its critic's updates; None without one.
     """
     kl = collected.kl
     seconds = sum(clock.seconds.values())
@@ -56,6 +60,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         **({} if collected.scores is None else _rewards(collected.scores)),
         **({} if kl is None else _kl(kl, guided=is_sampling_policy(state))),
         **({} if collected.credit is None else _credit(collected.credit, shaped=bool(state.config.shaping.steps))),
+        **({} if fitted is None else {"critic/loss": fitted.loss, "critic/grad_norm": fitted.grad_norm}),
         **{f"policy/{name}": mean for name, mean in report.overall.items()},
         **({} if report.drift is None else {"policy/gate_nats": float(report.drift.nan_to_num(0.0).max())}),
         "optimizer/grad_norm": report.grad_norm,
@@ -64,6 +69,7 @@ def epoch_row(state: TrainState, collected: Collected, report: UpdateReport, clo
         **({"evaluation/overoptimised": state.counts.overoptimised} if state.config.heldout_rewards else {}),
         **({} if kl is None else {"per_step/kl_nats": kl.per_step.tolist()}),
         **({} if report.drift is None else {"per_step/gate_nats": report.drift.tolist()}),
+        **_explained(collected.credit),
         **{f"per_step/{name}": means.tolist() for name, means in report.per_step.items()},
         **{f"seconds/{phase}": value for phase, value in clock.seconds.items()},
         "time/total_seconds": state.counts.seconds,
@@ -83,10 +89,23 @@ def _credit(credit: Credit, *, shaped: bool) -> dict[str, Metric]:
     return {
         "kl/alpha": credit.alpha,
         **_constraints(credit.constraints),
+        **({} if credit.foresight is None else _foresight(credit.foresight)),
         **({"shaping/explained": credit.shaping} if shaped else {}),
         "advantages/zero_variance_groups": credit.advantages.zero_variance_groups,
         "advantages/clipped": credit.advantages.clipped,
+        **({} if (ratio := credit.advantages.variance_ratio) is None else {"advantages/variance_ratio": ratio}),
     }
+
+
+def _foresight(foresight: Foresight) -> dict[str, Metric]:
+    """How well a critic expected what came, over all steps."""
+    return {"critic/explained_variance": float(foresight.explained.nanmean()), "critic/value_error": foresight.error}
+
+
+def _explained(credit: Credit | None) -> dict[str, Metric]:
+    """Of every step, where there is a critic."""
+    found = None if credit is None else credit.foresight
+    return {} if found is None else {"per_step/explained_variance": found.explained.tolist()}
 
 
 def is_sampling_policy(state: TrainState) -> bool:

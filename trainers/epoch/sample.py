@@ -17,10 +17,14 @@ from ddpo import Policy, Samples, Trajectory, rollout
 from ddpo.contenders import predicted_clean, with_contenders
 from ddpo.objectives.base import Demand, Weights, trained_view
 from ddpo.path_kl import draw_sites, steps_left_to_the_ode
+from ddpo.pipeline.features import FeatureReader
+from ddpo.placement import pinned
 from ddpo.sampling.schedule import Schedule
 from ddpo.seeds import GroupNoise, Purpose, group_seeds, one_seed
 from ddpo.steered import Steering, steered_trajectory
+from ddpo.steering import Steer
 from ddpo.steering.base import weights_of
+from ddpo.steering.reading import Reading
 from ddpo.trajectory import Sites
 from trainers.config.groups import DistributedConfig
 from trainers.epoch.path_kl import EpochKL, estimated_hidden_kl, estimated_kl, measured_kl
@@ -57,11 +61,13 @@ class SampledBatch:
         final: The samples' own images.
         predicted: By step, what the policy saw of the clean image before it; by (contended step, contender), numbers
             from 0, what it sees after that contender.
+        features: The denoiser's own of each step, (B, T, F); None where nobody reads them.
     """
 
     samples: Samples
     final: Decoded
     predicted: Mapping[Glimpse, Decoded]
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,7 @@ class Sampler:
         seed: Of the run.
         processes: Who shares the epoch.
         progress: Shows the batches.
+        reader: Reads the denoiser's features; None for no features.
     """
 
     policy: Policy
@@ -98,6 +105,7 @@ class Sampler:
     seed: int
     processes: Processes
     progress: Progress
+    reader: FeatureReader | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, epoch: int, clock: Stopwatch) -> Iterator[SampledBatch]:
         """Samples this process's part of an epoch.
@@ -141,6 +149,8 @@ class Sampler:
         clock: Stopwatch,
     ) -> SampledBatch:
         texts, metadata = _texts(prompts)
+        features: list[Tensor] = []
+        reading = Steer() if self.reader is None else Reading(reader=self.reader, features=features)
         with clock("sample"):
             condition = policy.encode(texts, metadata)
             seeds, priors = group_seeds(self.group_noise, self.seed, epoch, places, group_size=self.plan.group_size)
@@ -148,17 +158,19 @@ class Sampler:
                 if self.steering is not None:
                     path = steered_trajectory(policy, texts, metadata, seeds, steering=self.steering)
                 else:
-                    path = rollout(
-                        policy,
-                        condition,
-                        seeds,
-                        recorded=trained_view(policy, self.demand),
-                        with_kl=self.kl_of_all,
-                        keep=self.demand.keep,
-                        means=self.demand.means,
-                        sites=sites,
-                        latents=None if priors is seeds else policy.prior(priors),
-                    )
+                    with nullcontext() if self.reader is None else self.reader.reading():
+                        path = rollout(
+                            policy,
+                            condition,
+                            seeds,
+                            recorded=trained_view(policy, self.demand),
+                            with_kl=self.kl_of_all,
+                            keep=self.demand.keep,
+                            means=self.demand.means,
+                            sites=sites,
+                            steer=reading,
+                            latents=None if priors is seeds else policy.prior(priors),
+                        )
                 predicted: dict[Glimpse, Tensor] = {}
                 for k in self.predict_at:
                     with weights_of(policy, k):
@@ -177,6 +189,7 @@ class Sampler:
             samples=Samples(prompts=texts, metadata=policy.rewards_metadata(texts, metadata), trajectory=stored),
             final=final,
             predicted=dict(zip(predicted, others, strict=True)),
+            features=_stacked(features, on_cpu=self.keep_on == "cpu"),
         )
 
     def path_kl(self, trajectory: Trajectory) -> EpochKL | None:
@@ -219,6 +232,14 @@ class Sampler:
 
     def _weights(self, policy: Policy) -> AbstractContextManager[None]:
         return nullcontext() if self.old is None else policy.using(self.old)
+
+
+def _stacked(features: Sequence[Tensor], *, on_cpu: bool) -> Tensor | None:
+    """Features of each step as those of samples, (B, T, F), where trajectories wait; None for none."""
+    if not features:
+        return None
+    of_samples = torch.stack(list(features), dim=1)
+    return pinned(of_samples) if on_cpu else of_samples
 
 
 def _texts(prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], list[Mapping[str, object]]]:

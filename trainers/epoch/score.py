@@ -12,6 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from ddpo import Samples
+from ddpo.placement import concatenate
 from rewards import RewardError, Scores, WeightedSum
 from rewards.base import check_components
 from trainers.epoch.sample import Decoded, Glimpse, SampledBatch
@@ -30,12 +31,14 @@ class Scored:
         scores: Of all N samples of the epoch: totals (N,) and components.
         compared: What of the totals compares the images of a group, (N,); None where nothing does.
         predicted: The scores of the predicted clean images, by step or contender.
+        features: The denoiser's own at each step of this process's samples, (B, T, F); None where nobody reads them.
     """
 
     samples: Samples
     scores: Scores
     compared: Tensor | None
     predicted: Mapping[Glimpse, Scores]
+    features: Tensor | None = None
 
 
 def score(
@@ -72,9 +75,12 @@ def score(
     final = Scorer(reward, threads, group_size=group_size, first=first)
     scorers = {k: Scorer(reward, threads, group_size=group_size, first=first) for k in glimpses}
     parts: list[Samples] = []
+    features: list[Tensor] = []
     failure: RewardError | None = None
     for batch in batches:
         parts.append(batch.samples)
+        if batch.features is not None:
+            features.append(batch.features)
         failure = failure or _submit(final, batch.final, batch.samples)
         for k, scorer in scorers.items():
             failed = _submit(scorer, batch.predicted[k], batch.samples)
@@ -94,6 +100,7 @@ def score(
         scores=scores(raw, seen=True),
         compared=compared,
         predicted={k: scores(components) for k, components in raw_by_step.items()},
+        features=concatenate(features) if features else None,
     )
 
 

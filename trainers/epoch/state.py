@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpo import Policy
 from ddpo.credit.advantages import AdvantageEstimator
+from ddpo.credit.critic import Critic
 from ddpo.credit.kl import first_alpha
 from ddpo.credit.kl_course import KLCourse, next_alpha
 from ddpo.credit.lagrangian import Multipliers
@@ -21,6 +22,7 @@ from ddpo.weights.average import Average, ramped
 from rewards import WeightedSum
 from trainers.config import Config
 from trainers.config.evaluation_sampler import write_samplers
+from trainers.epoch.critic import make_critic
 from trainers.epoch.learner import POLICY, Learner
 from trainers.epoch.optimizers import make_optimizer
 from trainers.parallel.processes import Processes
@@ -71,12 +73,13 @@ class TrainState:
     Attributes:
         config: The run's configuration.
         policy: Its trainable weights are saved; the pretrained ones are not.
-        learners: What is trained; the policy's weights come first.
+        learners: What is trained; the policy's weights come first, a critic's are the last.
         scaler: Loss scale of fp16; disabled otherwise.
         advantages: Remembered scores per prompt.
         reward: Running scales of the rewards.
         multipliers: Of the constraints.
         prompts: Position in the prompt source.
+        critic: Expects what states are worth; None for no critic.
         alpha: Present KL weight, reward units per nat; None before the first epoch's scores where they set it.
         course: What an adaptive weight knows of the KL; begun anew where a checkpoint has none.
         preparation: What the objective makes of an epoch before its updates, and remembers; None for nothing.
@@ -93,6 +96,7 @@ class TrainState:
     multipliers: Multipliers
     prompts: PromptStream
     alpha: float | None
+    critic: Critic | None = None
     course: KLCourse = field(default_factory=KLCourse)
     preparation: Preparation | None = None
     counts: Counts = field(default_factory=Counts)
@@ -102,16 +106,21 @@ class TrainState:
     def start(cls, config: Config, policy: Policy, reward: WeightedSum, prompts: PromptStream) -> "TrainState":
         """The state before the first epoch."""
         fp16 = config.model.precision == "fp16"
+        critic, learners = None, [policy_learner(config, policy)]
+        if config.critic.is_on:
+            critic, of_critic = make_critic(config, policy, reward, prompts.entries[0])
+            learners.append(of_critic)
         return cls(
             config=config,
             policy=policy,
-            learners=(policy_learner(config, policy),),
+            learners=tuple(learners),
             scaler=torch.amp.GradScaler(policy.device.type, init_scale=1024.0, enabled=fp16),
             advantages=AdvantageEstimator(config.advantages),
             reward=reward,
             multipliers=Multipliers(config.constraints),
             prompts=prompts,
             alpha=config.kl.alpha,
+            critic=critic,
             preparation=None if config.demand.prepare is None else config.demand.prepare.make(),
         )
 
@@ -199,6 +208,8 @@ class TrainState:
     def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Weights in diffusers' format, with both samplers and a card beside them."""
         self.policy.save(folder, weights)
+        if self.critic is not None:
+            self.critic.save(folder)
         write_samplers(folder, rollout=self.config.sampler, evaluation=self.config.evaluation_sampler)
         write_model_card(folder, self.policy, self.config, epoch=self.epoch, samples=self.counts.samples)
 

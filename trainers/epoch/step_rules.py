@@ -11,7 +11,7 @@ import torch
 
 from ddpo.validation import UserError
 from trainers.config.groups import OptimizerConfig
-from trainers.epoch.learner import Learner
+from trainers.epoch.learner import POLICY, Learner
 from trainers.epoch.learning_rate import Elapsed, factor_of
 from trainers.parallel.sharding import norm_of
 from trainers.tracking.metrics import Means
@@ -98,7 +98,8 @@ def _check_progress(learner: Learner) -> None:
         DivergedError: The third skip in a row.
     """
     if learner.counts.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        group = "optimizer" if learner.name == POLICY else learner.name
         raise DivergedError(
             f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row (up to update "
-            f"{learner.counts.updates}); lower optimizer.learning_rate, or use model.precision: fp32 or bf16"
+            f"{learner.counts.updates}); lower {group}.learning_rate, or use model.precision: fp32 or bf16"
         )

@@ -44,11 +44,11 @@ def distribute(policy: "Policy", config: DistributedConfig, processes: "Processe
         )
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for network in policy.networks():
-        _shard(network, mesh)
+        shard(network, mesh)
 
 
-def _shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Splits a network by blocks; what is in no block is gathered with the whole."""
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits a network by blocks over a mesh of one dimension; what is in no block is gathered with the whole."""
     for block in blocks(network):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)

@@ -66,6 +66,8 @@ class BatchPlan:
             needs it, else at 3% of the sampled steps; and of what an objective's losses ask frozen weights besides.
         steps_known: Whether the stochastic steps, and what follows from their number, are exact; else upper bounds.
         rows_known: Whether the rows are exact; else upper bounds.
+        critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
+        critic_updates: Its optimizer steps per epoch.
     """
 
     num_processes: int
@@ -96,6 +98,8 @@ class BatchPlan:
     reference_rows: int
     steps_known: bool = True
     rows_known: bool = True
+    critic_states: int = 0
+    critic_updates: int = 0
 
     @property
     def micro_batches_per_update(self) -> tuple[int, ...]:
@@ -119,6 +123,14 @@ class BatchPlan:
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
         return self.sampling_rows + self.training_rows + self.reference_rows
+
+    def _critic(self) -> list[tuple[str, str]]:
+        """A row of the table, where there is a critic."""
+        if not self.critic_states:
+            return []
+        asked, fitted = self.images_per_epoch * self.num_steps, self.images_per_epoch
+        text = f"{asked:,} states valued, {_count(self.critic_updates, 'update')} of {_count(fitted, 'state')}"
+        return [("critic", f"{self.critic_states:,} states per epoch = {text}")]
 
     def describe(self, *, shown: "BatchPlan | None" = None) -> str:
         """A table for people, without a final newline.
@@ -152,6 +164,7 @@ class BatchPlan:
                 f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
                 f" + {self.training_rows:,} training + {self.reference_rows:,} reference",
             ),
+            *self._critic(),
             (
                 "run",
                 f"{_count(self.epochs, 'epoch')}, {self.optimizer_steps_total:,} optimizer steps, "
@@ -224,7 +237,9 @@ def make_plan(
         branches = 2 if config.sampler.guidance_scale > 1 else 1
     trained_branches = branches if demand.guidance else 1
     calls = demand.graph_steps(config.sampler.num_steps) if demand.chain else 1
-    training_rows = batch.samples_per_epoch * units * demand.passes * calls * demand.rows * trained_branches
+    beyond = config.sampler.steps_from_first_unseen(num_stochastic) - 1 if demand.chain_unit else 0
+    per_sample = (units * calls * demand.rows + beyond) * trained_branches
+    training_rows = batch.samples_per_epoch * demand.passes * per_sample
     contests = demand.contended(num_stochastic) * demand.contenders
     states = config.sampler.num_steps + len(config.shaping.steps) + contests
     steered = 1 if config.steer is None else config.steer.passes
@@ -258,7 +273,16 @@ def make_plan(
         training_rows=training_rows,
         reference_rows=_reference_rows(config, num_stochastic, branches=trained_branches, training_rows=training_rows),
         rows_known=not demand.varies and config.steer is None,
+        critic_states=critic_states(config),
+        critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
     )
+
+
+def critic_states(config: Config) -> int:
+    """States through a critic per epoch: each of the samples' once before it learns, and those it is fitted to."""
+    critic = config.critic
+    each = config.sampler.num_steps + critic.updates_per_epoch if critic.is_on else 0
+    return config.batch.samples_per_epoch * each
 
 
 def check_judged(plan: BatchPlan, images: int) -> None:

@@ -60,3 +60,20 @@ def count_decisions(policy: Policy, *, needed: bool) -> int:
             "models: flow_sde, dance_sde, cps), and more steps"
         )
     return count
+
+
+def check_unseen_steps(policy: Policy) -> None:
+    """Refuses to differentiate steps without noise where the trained weights make none.
+
+    Args:
+        policy: The policy, on the chain of its first epoch; those of others have as many such steps.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not policy.schedule.unseen_steps:
+        raise UserError(
+            f"objective.noise_free_steps: pathwise has nothing to add here: of this pipeline's chain "
+            f"{policy.schedule.named_stochastic_steps} have noise, which is every one that is trained; set "
+            "noise_free_steps: ignored"
+        )

@@ -161,6 +161,12 @@ def check_reward_gradient(config: Config) -> None:
     if any(noted.groupwise for _, noted in weighed):
         compared = ", ".join(term.shown for term, noted in weighed if noted.groupwise)
         raise ConfigError(f"rewards: {compared} must compare no images {because}, of one image at a time; leave it out")
+    plain = [term.shown for term, noted in weighed if not (noted.differentiable or _says_itself(noted.target))]
+    if config.demand.chain_unit and plain:
+        raise ConfigError(
+            f"rewards: {', '.join(plain)} must be differentiable with objective.noise_free_steps: pathwise, which adds "
+            "the derivative of the whole total; leave it out, or set noise_free_steps: ignored"
+        )
     if not any(noted.differentiable or _says_itself(noted.target) for _, noted in weighed):
         names = ", ".join(term.shown for term, _ in weighed)
         raise ConfigError(f"rewards: {names} must be differentiable {because}; add one that is, or choose another kind")

@@ -127,14 +127,15 @@ HEADER = ("run", "state", "epochs", "reward", "KL (nats)", "minutes", "size")
 
 def as_table(runs: Sequence[RunSummary]) -> str:
     """A line for each run under a ruled header."""
-    rows = [HEADER, *map(_cells, runs)]
+    rows = [HEADER, *map(cells, runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(cells) for cells in aligned)
 
 
-def _cells(run: RunSummary) -> tuple[str, ...]:
+def cells(run: RunSummary) -> tuple[str, ...]:
+    """A run's line under `HEADER`."""
     return (
         run.name,
         run.state,

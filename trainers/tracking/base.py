@@ -71,6 +71,10 @@ class Tracker(ABC):
         """The distribution of finite values."""
 
     @abstractmethod
+    def page(self, key: str, file: Path, step: int) -> None:
+        """A page of HTML that needs nothing else; dropped where a tracker shows none."""
+
+    @abstractmethod
     def identity(self) -> Identity:
         """What a resumed run needs to continue this record rather than begin another."""
 
@@ -89,6 +93,9 @@ class NullTracker(Tracker):
         """Nothing."""
 
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
+        """Nothing."""
+
+    def page(self, key: str, file: Path, step: int) -> None:
         """Nothing."""
 
     def identity(self) -> Identity:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 ORDER = (
     "reward/mean", "eval/reward", "eval/heldout/*", "kl/path_nats", "kl/conditional_path_nats", "eval/diversity",
-    "policy/clip_fraction", "reward/*", "eval/*", "kl/*", "policy/*", "advantages/*", "optimizer/*", "constraint/*",
-    "shaping/*", "evaluation/*", "seconds/*", "time/*", "images_per_second", "memory_gib", "samples", "per_step/*",
+    "policy/clip_fraction", "reward/*", "eval/*", "kl/*", "policy/*", "advantages/*", "critic/*", "optimizer/*",
+    "constraint/*", "shaping/*", "evaluation/*", "seconds/*", "time/*", "images_per_second", "memory_gib",
+    "samples", "per_step/*",
 )  # fmt: skip
 _DRAWN = ("optimizer/grad_norm", "policy/gate_nats", "kl/alpha")
 

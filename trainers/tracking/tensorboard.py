@@ -1,6 +1,7 @@
 """TensorBoard event files in `<run>/tensorboard`; `tensorboard --logdir <output_dir>` shows them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,11 @@ class TensorboardTracker(Tracker):
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
         """A histogram."""
         self._writer.add_histogram(key, np.asarray(values, dtype=np.float64), step)
+        self._writer.flush()
+
+    def page(self, key: str, file: Path, step: int) -> None:
+        """TensorBoard shows no pages: a text that says where it is."""
+        self._writer.add_text(key, str(file), step)
         self._writer.flush()
 
     def identity(self) -> Identity:

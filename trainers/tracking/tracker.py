@@ -90,6 +90,10 @@ class Trackers(Tracker):
         if finite:
             self._each(lambda member: member.histogram(key, finite, step))
 
+    def page(self, key: str, file: Path, step: int) -> None:
+        """A page of HTML."""
+        self._each(lambda member: member.page(key, file, step))
+
     def identity(self) -> Identity:
         """Each member's own is in tracking.json."""
         return {}

@@ -56,6 +56,10 @@ class TrackioTracker(Tracker):
         """A histogram of 32 bins."""
         self._send({key: self._trackio.Histogram(list(values), num_bins=32)}, step)
 
+    def page(self, key: str, file: Path, step: int) -> None:
+        """A page in a frame of the dashboard."""
+        self._send({key: self._trackio.Html(file)}, step)
+
     def _send(self, values: Mapping[str, object], step: int) -> None:
         """Logs those values that the record has not at this step."""
         new = {key: value for key, value in values.items() if (key, step) not in self._logged}

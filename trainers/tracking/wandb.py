@@ -59,6 +59,10 @@ class WandbTracker(Tracker):
         """A histogram of 32 bins."""
         self._send({key: self._wandb.Histogram(list(values), num_bins=32)}, step)
 
+    def page(self, key: str, file: Path, step: int) -> None:
+        """A panel with the page."""
+        self._send({key: self._wandb.Html(str(file), inject=False)}, step)
+
     def _send(self, values: Mapping[str, object], step: int) -> None:
         new = {key: value for key, value in values.items() if self._sent.is_new(key, step)}
         if new:

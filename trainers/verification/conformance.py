@@ -26,6 +26,7 @@ from ddpo.loading import load_pipeline
 from ddpo.pipeline.decoding import without_overlays
 from ddpo.pipeline.denoiser import DTYPES, Precision
 from ddpo.pipeline.input_images import IMAGE, probe_images
+from ddpo.pipeline.probing import recorded_steps
 from ddpo.pipeline.scheduler import default_sampler, training_scheduler
 from ddpo.pipeline.tracing import SECOND, Step, find_network, recording
 from ddpo.policy import default_device
@@ -45,6 +46,7 @@ from trainers.verification.likelihood import (
 from trainers.verification.suite import run_with_bar, table
 
 OUTPUT_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+ALIKE = 0.05  # between an encoding in a batch and alone, in the unit of embeddings
 PIXEL_TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
@@ -154,10 +156,10 @@ class Subject:
     def run(self, pipeline: DiffusionPipeline) -> StockRun:
         """Runs a pipeline of the policy's kind on the prompts.
 
-        One by one, if it takes no more at a time, or if a picture of its own depends on the neighbours' lengths.
+        One by one, if it takes no more at a time, or if a picture of its own depends on the neighbours.
         """
         policy, count = self.policy, len(PROMPTS)
-        single = policy.call.alone or policy.denoiser.arguments.grouped
+        single = policy.call.alone or policy.denoiser.arguments.grouped or not self._encodes_alike
         generator = torch.Generator().manual_seed(0)
         network = find_network(pipeline)
         loops, images = [], []
@@ -166,12 +168,23 @@ class Subject:
             arguments = policy.call.arguments(PROMPTS[rows], images=own, output_type="pt", generator=generator)
             with (
                 torch.no_grad(), policy.denoiser.autocast(), without_overlays(pipeline),
-                recording(pipeline, network) as steps,
+                policy.call.guiding(pipeline), recording(pipeline, network) as steps,
             ):  # fmt: skip
                 made = pipeline(**arguments, return_dict=False)[0].float()
             loops.append(steps)
             images.append(made if made.ndim == 5 else made[:, None])
         return StockRun(loops=loops, images=torch.cat(images))
+
+    @cached_property
+    def _encodes_alike(self) -> bool:
+        """Whether the pipeline makes of each prompt in a batch what it makes of it alone (LongCat rewrites them)."""
+        policy, own = self.policy, self.path.condition
+        (step,) = recorded_steps(
+            policy.pipeline, policy.denoiser.module, policy.call, PROMPTS, self.images, num_steps=1
+        )
+        batch = policy.denoiser.condition(step, policy.rule)
+        pairs = [(value, batch.positive[name]) for name, value in own.positive.items()]
+        return all(a.shape != b.shape or torch.allclose(a.float(), b.float(), rtol=0, atol=ALIKE) for a, b in pairs)
 
     def ours(self, latents: Tensor) -> Trajectory:
         """Noise-free chains from the given initial latents."""
@@ -292,6 +305,8 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = training_scheduler(pipeline.scheduler)
     pipeline.to(policy.device)
+    if getattr(policy.pipeline.components.get("vae"), "use_tiling", False):
+        pipeline.vae.enable_tiling()
     before = subject.run(pipeline).images
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
@@ -314,26 +329,21 @@ def adapter_rows(subject: Subject) -> Iterator[Measurement]:
 
 
 def reached_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
-    """The gradient of the weights that have one; first, how many have none.
+    """The gradient; first, how many weights no noisy step depends on, of one step for each of the networks.
 
     The last block of some transformers (Qwen-Image) computes outputs that nothing reads: their adapters stay as they
     are, and a distributed wrapper must be told to expect unused parameters.
     """
-    k, row = path.schedule.stochastic_steps[0], torch.tensor([0])
-    log_prob = policy(k, path.latents[:1, k], path.condition.index(row)).log_prob(path.latents[:1, k + 1]).sum()
-    weights = policy.trainable()
-    gradients = torch.autograd.grad(log_prob, list(weights.values()), allow_unused=True)
-    unused = {name: w for (name, w), gradient in zip(weights.items(), gradients, strict=True) if gradient is None}
-    layers = sorted({name.split(".lora_")[0] for name in unused})
+    row, weights, noisy = torch.tensor([0]), policy.trainable(), path.schedule.stochastic_steps
+    idle = set(weights)
+    for k in {policy.denoiser.expert_of(k): k for k in reversed(noisy)}.values():
+        log_prob = policy(k, path.latents[:1, k], path.condition.index(row)).log_prob(path.latents[:1, k + 1]).sum()
+        gradients = torch.autograd.grad(log_prob, list(weights.values()), allow_unused=True)
+        idle -= {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+    layers = sorted({name.split(".lora_")[0] for name in idle})
     yield Measurement(name=f"trained weights that nothing depends on, of {len(weights)}", exact="as found",
                       obtained=", ".join(layers) or "none", error=0.0, tolerance=0.0)  # fmt: skip
-    for weight in unused.values():
-        weight.requires_grad_(False)
-    try:
-        yield from gradient_rows(policy, path)
-    finally:
-        for weight in unused.values():
-            weight.requires_grad_(True)
+    yield from gradient_rows(policy, path)
 
 
 def _pixels(subject: Subject, ours: Trajectory, stock: StockRun) -> float:

@@ -100,12 +100,11 @@ def scheduler_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
 
 
 def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
-    """The derivative of log pi along its own gradient, against a central difference of the weights.
+    """The derivative of log pi along its own gradient, against a central difference of the weights that it reaches.
 
     Where the schedule clamps the predicted image, log pi has kinks, and at a kink no derivative: the dimensions that
     cross one between the weights of any two evaluations are left out of both sides. Without a clamp there are none.
     """
-    weights = list(policy.trainable().values())
     k = path.schedule.stochastic_steps[len(path.schedule.stochastic_steps) // 2]
     row = torch.tensor([0])
     condition, x, after = path.condition.index(row), path.latents[:1, k], path.latents[:1, k + 1]
@@ -115,14 +114,17 @@ def gradient_rows(policy: Policy, path: Trajectory) -> Iterator[Measurement]:
         return replace(step, mean=torch.where(kept, step.mean, after)).log_prob(after).sum()
 
     every = torch.ones_like(x, dtype=torch.bool)
-    gradient = torch.autograd.grad(log_prob(every), weights)
+    trained = list(policy.trainable().values())
+    slopes = torch.autograd.grad(log_prob(every), trained, allow_unused=True)
+    weights = [weight for weight, slope in zip(trained, slopes, strict=True) if slope is not None]
+    gradient = [slope for slope in slopes if slope is not None]
     length = torch.cat([g.flatten() for g in gradient]).norm()
     direction = [g / length for g in gradient]
     sizes = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # too small drowns in rounding, too large in curvature: the best of a few
     kept = every
     if path.schedule.clip is not None:
         kept = _on_one_side(lambda: _clamped(policy, k, x, condition), weights, direction, sizes)
-        gradient = torch.autograd.grad(log_prob(kept), weights)
+        gradient = list(torch.autograd.grad(log_prob(kept), weights))
     slope = float(sum((g * d).sum() for g, d in zip(gradient, direction, strict=True)))
     best, shown = float("inf"), float("nan")
     for size in sizes:

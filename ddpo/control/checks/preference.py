@@ -25,7 +25,7 @@ from ddpo.control.checks.base import Check, Measurement
 from ddpo.control.diffusion.chain import quadratic
 from ddpo.control.diffusion.toy_pipeline import head_scale
 from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem
-from ddpo.credit.advantages import leave_one_out
+from ddpo.credit.baselines import leave_one_out
 from ddpo.objectives import Experience, Models, Objective
 from ddpo.objectives.pairs import preference_loss
 from ddpo.objectives.preference import NoisedPairs, PreferenceConfig, Preset

@@ -7,11 +7,13 @@ moves with the weights through it too, and that part is missing:
 
 What is missing is known exactly here (`ToyProblem.value` with and without the derivative of those steps), so the
 measured gradient is held to two numbers: to what it can see, in standard errors, and to the whole gradient, by its
-length and angle, which must be as predicted.
+length and angle, which must be as predicted. With `objective.noise_free_steps: pathwise` the missing part is added, and
+it is held to the whole gradient.
 """
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from ddpo.control.diffusion.gradient_check import (
 )
 from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem
 from ddpo.credit.advantages import AdvantageConfig
+from ddpo.objectives import PolicyGradientConfig
 from ddpo.path_kl import full_noise_kl
 from ddpo.policy import Policy
 from ddpo.sampling.samplers import SamplerConfig, transition
@@ -38,9 +41,12 @@ from ddpo.sampling.schedule import PredictionType
 from ddpo.sampling.step_selection import StepSelection
 
 NUM_PATHS, NUM_WEIGHTS, NUM_CHUNKS, NUM_KL_PATHS = 60_000, 6, 30, 8_000
+CHAIN_PATHS, CHAIN_WEIGHTS = 30_000, 12
+"""Where chains are differentiated too: fewer paths, at more weights, as z-scores at one of them go up together."""
 BIAS_TOLERANCE = 0.03
 """Of a length or a cosine, about three standard errors."""
 
+COMPLETED = replace(REINFORCE, noise_free_steps="pathwise")
 PLAIN = AdvantageConfig(baseline="batch", scale="none", clip=None)
 DDIM = SamplerConfig(num_steps=10, guidance_scale=1.0)
 FLOW = SamplerConfig(kind="flow_sde", num_steps=10, eta=0.7, guidance_scale=1.0)
@@ -65,17 +71,27 @@ def random_window() -> SamplerConfig:
 
 
 def compared(
-    sampler: SamplerConfig, *, epochs: int = 1, num_paths: int = NUM_PATHS, num_weights: int = NUM_WEIGHTS
+    sampler: SamplerConfig,
+    objective: PolicyGradientConfig = REINFORCE,
+    *,
+    epochs: int = 1,
+    num_paths: int = NUM_PATHS,
+    num_weights: int = NUM_WEIGHTS,
 ) -> GradientComparison:
-    """REINFORCE's gradient of the shared head, the mean over some epochs, at a few random weights."""
+    """An objective's gradient of the shared head, the mean over some epochs, at a few random weights."""
     each = num_paths // (epochs * num_weights)
 
     def one(seed: int, epoch: int) -> GradientComparison:
         problem = toy_problem(sampler=sampler, head="shared", epoch=epoch)
         paths = draw_paths(problem, num_paths=each, chunk_size=each // NUM_CHUNKS, seed=seed)
-        return compare_gradients(paths, REINFORCE, PLAIN)
+        return compare_gradients(paths, objective, PLAIN)
 
     return joined([pooled([one(seed, epoch) for epoch in range(epochs)]) for seed in range(num_weights)])
+
+
+def completed(sampler: SamplerConfig, *, epochs: int = 1) -> GradientComparison:
+    """The same with the derivative through the steps without noise added."""
+    return compared(sampler, COMPLETED, epochs=epochs, num_paths=CHAIN_PATHS, num_weights=CHAIN_WEIGHTS)
 
 
 def bias_row(name: str, found: GradientComparison) -> Measurement:
@@ -86,6 +102,19 @@ def bias_row(name: str, found: GradientComparison) -> Measurement:
         exact="predicted {:.3f}, {:.3f}".format(*predicted),
         obtained="{:.3f}, {:.3f}".format(*measured),
         error=max(abs(one - other) for one, other in zip(predicted, measured, strict=True)),
+        tolerance=BIAS_TOLERANCE,
+    )
+
+
+def whole_rows(name: str, found: GradientComparison) -> Iterator[Measurement]:
+    """The measured gradient against the whole one: z-scores, and its length and cosine, which are 1."""
+    yield z_row(f"{name}, pathwise: the whole gradient", found)
+    length, cosine = length_and_cosine(found.estimate, found.exact)
+    yield Measurement(
+        name=f"{name}, pathwise: length, cosine to the whole gradient",
+        exact="1, 1",
+        obtained=f"{length:.3f}, {cosine:.3f}",
+        error=max(abs(length - 1), 1 - cosine),
         tolerance=BIAS_TOLERANCE,
     )
 
@@ -182,6 +211,7 @@ def check_last_step() -> Iterator[Measurement]:
     found = compared(DDIM)
     yield z_row("against the noisy steps' gradient", found.against_visible())
     yield bias_row("last of 10 steps", found)
+    yield from whole_rows("last of 10 steps", completed(DDIM))
 
 
 def check_windows() -> Iterator[Measurement]:
@@ -190,6 +220,7 @@ def check_windows() -> Iterator[Measurement]:
         found = compared(window(start))
         yield z_row(f"steps {start}-{start + 2}, the noisy steps' gradient", found.against_visible())
         yield bias_row(f"steps {start}-{start + 2}", found)
+        yield from whole_rows(f"steps {start}-{start + 2}", completed(window(start)))
 
 
 def check_full_noise_kl() -> Iterator[Measurement]:
@@ -221,6 +252,7 @@ def check_random_windows() -> Iterator[Measurement]:
     found = compared(random_window(), epochs=4)
     yield z_row("4 epochs, the noisy steps' gradients", found.against_visible())
     yield bias_row("4 epochs", found)
+    yield from whole_rows("4 epochs", completed(random_window(), epochs=4))
 
 
 CHECKS = (
@@ -231,7 +263,8 @@ CHECKS = (
     Check(name="shared weights, pretrained last step", group="gradient", level="fast", run=check_pretrained_end,
           claim="Where the pretrained weights make a last step without noise, the gradient is complete."),
     Check(name="shared weights, noise-free last step", group="gradient", level="fast", run=check_last_step,
-          claim="A last step without noise hides its part of the gradient; what is seen lacks what is predicted."),
+          claim="A last step without noise hides its part of the gradient; what is seen lacks what is predicted, and "
+                "noise_free_steps: pathwise adds it."),
     Check(name="shared weights, pathwise", group="gradient", level="full", run=check_pathwise,
           claim="Differentiating the chain itself, as a reward gradient does, gives the whole gradient."),
     Check(name="full-noise KL", group="gradient", level="fast", run=check_full_noise_kl,
@@ -241,5 +274,6 @@ CHECKS = (
     Check(name="shared weights, all noisy, flow", group="gradient", level="full", run=check_all_noisy_flow,
           claim="With a noisy end the flow SDE's gradient over shared weights is complete."),
     Check(name="shared weights, windows", group="gradient", level="full", run=check_windows,
-          claim="A window hides the gradient through the steps outside it; what is seen lacks what is predicted."),
+          claim="A window hides the gradient through the steps outside it; what is seen lacks what is predicted, and "
+                "noise_free_steps: pathwise adds it."),
 )  # fmt: skip

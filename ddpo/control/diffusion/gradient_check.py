@@ -10,15 +10,17 @@ is then held against the gradient that it can see, and what that one lacks is ex
 the chain itself, as objectives on differentiable rewards do, and see every step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpo.control.diffusion.toy_problem import ToyProblem
-from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
-from ddpo.objectives import Experience, Models, PolicyGradientConfig
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, Expected
+from ddpo.objectives import Experience, Models, Objective, PolicyGradientConfig
+from ddpo.objectives.base import Score
 from ddpo.objectives.reward_gradient import RewardGradient, RewardGradientConfig
 from ddpo.policy import Policy
 from ddpo.rollout import rollout
@@ -118,6 +120,8 @@ class Paths:
 
 
 GROUP_SIZE = 8
+Values = Callable[[Trajectory], Tensor]
+"""What is expected at the states x_0 .. x_{T-1} of chains, (B, T) reward units."""
 
 
 def draw_paths(
@@ -165,7 +169,12 @@ def draw_paths(
 
 
 def compare_gradients(
-    paths: Paths, config: PolicyGradientConfig, advantages: AdvantageConfig, *, alpha: float | None = None
+    paths: Paths,
+    config: PolicyGradientConfig,
+    advantages: AdvantageConfig,
+    *,
+    alpha: float | None = None,
+    values: Values | None = None,
 ) -> GradientComparison:
     """The Monte Carlo gradient of an objective at the weights that drew the paths, against the exact one.
 
@@ -175,10 +184,11 @@ def compare_gradients(
         advantages: How scores become advantages; `clip` must be None, since clipping is a bias. With `batch_std` each
             chunk's gradient is multiplied by the number that it was divided by.
         alpha: Weight of the KL; default the problem's.
+        values: A critic's, for the baseline `critic`.
     """
     assert advantages.clip is None, "a clip biases the gradient"
     alpha = paths.problem.alpha if alpha is None else alpha
-    return _compared(paths, alpha, _estimates(paths, config, advantages, alpha))
+    return _compared(paths, alpha, gradient_estimates(paths, config, advantages, alpha=alpha, values=values))
 
 
 def pathwise_gradients(paths: Paths, config: RewardGradientConfig | None = None) -> GradientComparison:
@@ -203,10 +213,15 @@ def reward_gradient(
 ) -> Tensor:
     """The gradient of J that an objective finds through a problem's reward, by rows of the head, (P,) float64."""
     weights, samples = policy.trainable(), torch.arange(len(experience.samples))
-    models = Models(policy=policy, score=lambda images, *_: problem.score(images, [], []))
+    models = Models(policy=policy, score=_score(problem))
     batch = objective.gather(experience, samples, torch.zeros_like(samples), seed=0)
     loss = sum((loss.value for loss in objective.losses(models, batch)), start=torch.zeros(()))
     return -_flat(torch.autograd.grad(loss, [weights["head.gain"], weights["head.shift"]]), rows)
+
+
+def _score(problem: ToyProblem) -> Score:
+    """The problem's reward as objectives differentiate it."""
+    return lambda images, *_: problem.score(images, [], [])
 
 
 def _compared(paths: Paths, alpha: float, each: Iterator[Tensor]) -> GradientComparison:
@@ -234,23 +249,35 @@ def trained_rows(paths: Paths) -> Tensor:
     return torch.arange(len(paths.gain))
 
 
-def _estimates(
-    paths: Paths, config: PolicyGradientConfig, advantages: AdvantageConfig, alpha: float
+def gradient_estimates(
+    paths: Paths,
+    config: PolicyGradientConfig,
+    advantages: AdvantageConfig,
+    *,
+    alpha: float,
+    values: Values | None = None,
 ) -> Iterator[Tensor]:
-    """The gradient of J by each chunk alone, (P,) float64."""
+    """The gradient of J by each chunk alone, (P,) float64; arguments as for `compare_gradients`."""
     for path, scores in zip(paths.chunks, paths.scores, strict=True):
-        experience, scale = make_experience(path, scores, advantages, alpha, paired=paths.paired)
-        yield objective_gradient(paths.policy, experience, config, rows=trained_rows(paths)) * scale
+        expected = None if values is None else values(path)
+        experience, scale = make_experience(path, scores, advantages, alpha, paired=paths.paired, values=expected)
+        rows = trained_rows(paths)
+        yield objective_gradient(paths.policy, experience, config, rows=rows, score=_score(paths.problem)) * scale
 
 
-def objective_gradient(policy: Policy, experience: Experience, config: PolicyGradientConfig, *, rows: Tensor) -> Tensor:
+def objective_gradient(
+    policy: Policy, experience: Experience, config: PolicyGradientConfig, *, rows: Tensor, score: Score | None = None
+) -> Tensor:
     """The gradient of J that an objective finds in an experience, by rows of the head's weights, (P,) float64."""
-    weights, objective, steps = policy.trainable(), config.build(), experience.decisions
-    samples = torch.arange(len(experience.advantages)).repeat_interleave(len(steps))
-    slots = torch.arange(len(steps)).repeat(len(experience.advantages))
+    objective: Objective[Any] = config.build()
+    weights, steps = policy.trainable(), experience.decisions
+    units = objective.demand.units(len(steps))
+    samples = torch.arange(len(experience.advantages)).repeat_interleave(units)
+    slots = torch.arange(units).repeat(len(experience.advantages))
     batch = objective.gather(experience, samples, slots, seed=0)
-    (loss,) = objective.losses(Models(policy=policy), batch)
-    gradient = torch.autograd.grad(loss.value, [weights["head.gain"], weights["head.shift"]])
+    losses = objective.losses(Models(policy=policy, score=score), batch)
+    loss = sum((loss.value for loss in losses), start=torch.zeros(()))
+    gradient = torch.autograd.grad(loss, [weights["head.gain"], weights["head.shift"]])
     # The loss is a mean over transitions divided by the dimensions: undo both, and the sign.
     return -_flat(gradient, rows) * len(steps) * experience.trajectory.final[0].numel()
 
@@ -263,8 +290,12 @@ def make_experience(
     *,
     group_size: int = GROUP_SIZE,
     paired: bool = False,
+    values: Tensor | None = None,
 ) -> tuple[Experience, float]:
-    """Scored trajectories as an objective takes them, and the number that `batch_std` divided them by (else 1)."""
+    """Scored trajectories as an objective takes them, and the number that `batch_std` divided them by (else 1).
+
+    With `values` (B, T) of a critic, for the baseline `critic`.
+    """
     groups, pairs = (torch.arange(len(scores)) // size for size in (group_size, 2))
     estimator = AdvantageEstimator(config)
     advantages = estimator(
@@ -276,6 +307,7 @@ def make_experience(
         num_steps=path.schedule.num_steps,
         twins=pairs if paired else None,
         distances=None if config.diversity is None else nearest(path.final, group_size),
+        expected=None if values is None else Expected(values=values, decisions=path.schedule.stochastic),
     )
     experience = Experience(
         samples=Samples(prompts=("",) * len(scores), metadata=({},) * len(scores), trajectory=path),
@@ -286,6 +318,7 @@ def make_experience(
         groups=groups,
         penalised=alpha > 0,
         alpha=alpha,
+        scale=advantages.scale,
     )
     return experience, float(scores.double().std(correction=0)) if config.scale == "batch_std" else 1.0
 

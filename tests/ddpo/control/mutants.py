@@ -23,6 +23,7 @@ from ddpo.control.diffusion.gradient_check import (
     pathwise_gradients,
 )
 from ddpo.control.diffusion.toy_problem import ToyProblem, toy_problem, truncated
+from ddpo.credit.advantage_scale import group_sum
 from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
 from ddpo.objectives import PolicyGradientConfig
 from ddpo.objectives.reward_gradient import RewardGradientConfig
@@ -103,7 +104,7 @@ def baseline_includes_itself():
     def centered(values, groups, twins=None):
         _, member, count = torch.unique(groups, return_inverse=True, return_counts=True)
         size = count[member].to(values).reshape(-1, *[1] * (values.ndim - 1))
-        return values - advantages_module.group_sum(values, groups) / size
+        return values - group_sum(values, groups) / size
 
     return [patch.object(advantages_module, "leave_one_out", centered)]
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpo.control.checks.advantages import CHECKS
-from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator, cost_to_go, leave_one_out
+from ddpo.credit.advantages import AdvantageConfig, AdvantageEstimator
+from ddpo.credit.baselines import cost_to_go, leave_one_out
 from ddpo.validation import FieldError
 
 scores_lists = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ddpo import rollout, sample_seeds
 from ddpo.contenders import predicted_clean, with_contenders
 from ddpo.control.diffusion.toy_problem import toy_problem
-from ddpo.credit.advantages import leave_one_out
+from ddpo.credit.baselines import leave_one_out
 from ddpo.objectives import Experience, Models
 from ddpo.objectives.pairs import best_and_worst, opposite_ranks
 from ddpo.objectives.preference import PreferenceConfig

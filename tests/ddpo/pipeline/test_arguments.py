@@ -49,6 +49,17 @@ def test_rows_are_found_on_their_axis_and_given_back_as_they_were(shape, axis, e
     assert found.give(single, 1)["x"].shape == torch.Size(shape(1, 7))
 
 
+def test_rows_of_a_list_of_layers_are_found_in_every_layer():
+    """Bria FIBO's hidden states of all layers; a list with a tensor for each row is another thing (Z-Image)."""
+    found = learnt(lambda n, length: {"x": list(numbers(4, n, length, 5)), "y": list(numbers(n, length, 5))})
+    assert found.rows["x"].layered and found.rows["y"].listed
+    given = {"x": list(numbers(4, 3, 7, 5)), "y": list(numbers(3, 7, 5))}
+    taken = found.take(step(3, **given).calls[0])
+    assert taken["x"].shape == (3, 7, 4, 5)
+    again = found.give(taken, 3)
+    assert all(torch.equal(a, b) for name in given for a, b in zip(again[name], given[name], strict=True))
+
+
 def test_without_a_mask_rows_of_equal_length_share_a_call():
     found = learnt(lambda n, length: {"x": numbers(n, length, 5)})
     assert found.mask is None and found.grouped == ["x@length"]

@@ -15,6 +15,7 @@ from diffusers import (
     LCMScheduler,
     MarigoldDepthPipeline,
     PNDMScheduler,
+    QwenImageEditPlusPipeline,
     SCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -29,6 +30,7 @@ from diffusers import (
 from ddpo import Policy, SamplerConfig, UntraceableError
 from ddpo.loading import load_pipeline
 from ddpo.pipeline.scheduler import default_sampler, flow_matching_scheduler, training_scheduler
+from tests.ddpo.editing_families import tiny_qwen_edit
 from tests.ddpo.families import tiny_flux
 from tests.ddpo.more_families import tiny_cogvideox, tiny_ddpm, tiny_wan
 from tests.ddpo.tools import SIZE
@@ -91,6 +93,22 @@ class FadingGuidance(StableDiffusionPipeline):
         return (latents,)
 
 
+class TwoTimes(StableDiffusionPipeline):
+    """Its timesteps are as many as its branches, whatever the batch, and its pictures are latents."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings = torch.cat(self.encode_prompt(prompt, "cpu", 1, True)[::-1])
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps:
+            both = torch.cat([latents, latents])
+            output = self.unet(both, t.view(1).repeat(2), encoder_hidden_states=embeddings).sample
+            negative, positive = output.chunk(2)
+            guided = negative + guidance_scale * (positive - negative)
+            latents = self.scheduler.step(guided, t, latents, return_dict=False)[0]
+        return (latents,)
+
+
 class SkipsSteps(StableDiffusionPipeline):
     def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
         embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
@@ -111,6 +129,7 @@ class SkipsSteps(StableDiffusionPipeline):
         (LateGuidance, "LateGuidance calls its denoiser differently at different steps"),
         (FadingPrompt, "FadingPrompt changes encoder_hidden_states of its denoiser from step to step"),
         (FadingGuidance, "FadingGuidance guides differently at different steps"),
+        (TwoTimes, r"TwoTimes makes \(1, 4, 8, 8\) of one latent where a picture is \(1, 3, H, W\)"),
         (SkipsSteps, "SkipsSteps makes 1 steps where its scheduler has 2"),
     ],
 )
@@ -224,13 +243,18 @@ def marigold():
         (with_ip_adapter, r"pipeline\.unload_ip_adapter\(\)"),
         (cached, r"switch it off by its disable_cache\(\)"),
         (marigold, "makes its pictures of an image without a prompt"),
+        (
+            lambda: QwenImageEditPlusPipeline(**tiny_qwen_edit().components),
+            "called from prompts, an image for each, and noise at 16x16 pixels: ",
+        ),
         (lambda: CogVideoXVideoToVideoPipeline(**tiny_cogvideox().components), r"\(it also takes video\)"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line_with_what_to_do(build, cure):
     with pytest.raises(UntraceableError, match=cure) as refusal:
         pipeline = build()
-        Policy(pipeline, sampler=SamplerConfig(kind=default_sampler(pipeline.scheduler).kind, num_steps=2))
+        size = SIZE if "Qwen" in type(pipeline).__name__ else {}
+        Policy(pipeline, sampler=SamplerConfig(kind=default_sampler(pipeline.scheduler).kind, num_steps=2, **size))
     assert "\n" not in str(refusal.value)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLMochi,
     DDIMScheduler,
     DDPMPipeline,
@@ -181,6 +182,45 @@ def test_looking_at_the_tail_leaves_the_decoder_and_the_random_state_as_they_wer
     check_tail(policy._view.wiring.decoder, policy.latent_shape, device=policy.device)
     assert torch.equal(policy.decode(latents), before) and torch.equal(torch.get_rng_state(), state)
     assert not policy.pipeline.vae.use_tiling
+
+
+def test_a_vae_that_decodes_in_tiles_alone_is_set_to_do_so(caplog):
+    """AutoencoderKLAllegro raises NotImplementedError without tiling; its latents are decoded after a good load."""
+
+    class OnlyInTiles(AutoencoderKL):
+        def _decode(self, z, return_dict=True):
+            if not self.use_tiling:
+                raise NotImplementedError("Decoding without tiling has not been implemented yet.")
+            return super()._decode(z, return_dict)
+
+    pipeline = tiny_stable_diffusion()
+    vae = OnlyInTiles.from_config(pipeline.vae.config)
+    vae.load_state_dict(pipeline.vae.state_dict())
+    pipeline.register_modules(vae=vae)
+    policy, plain = Policy(pipeline, sampler=ODE), Policy(tiny_stable_diffusion(), sampler=ODE)
+    latents = prior(policy, 2)
+    assert torch.equal(policy.decode(latents), plain.decode(latents))
+    assert "OnlyInTiles decodes in tiles alone; it is set to do so" in caplog.messages
+
+
+def test_a_tail_that_takes_one_latent_at_a_time_is_given_one():
+    """HunyuanVideo 1.5's VAE has an attention mask that fits a single video."""
+
+    class OneLatent(AutoencoderKL):
+        def _decode(self, z, return_dict=True):
+            if len(z) > 1:
+                raise RuntimeError("output with shape [2, 1, 2, 2] doesn't match the broadcast shape [2, 2, 2, 2]")
+            return super()._decode(z, return_dict)
+
+    pipeline = tiny_stable_diffusion()
+    vae = OneLatent.from_config(pipeline.vae.config)
+    vae.load_state_dict(pipeline.vae.state_dict())
+    pipeline.register_modules(vae=vae)
+    policy, plain = Policy(pipeline, sampler=ODE), Policy(tiny_stable_diffusion(), sampler=ODE)
+    assert policy.call.alone and policy.with_sampler(SamplerConfig(num_steps=2, **SIZE)).call.alone
+    assert not plain.call.alone
+    latents = prior(policy, 2)
+    torch.testing.assert_close(policy.decode(latents), plain.decode(latents), rtol=0, atol=1e-6)
 
 
 def test_a_pipeline_of_one_channel_makes_grey_pictures_of_three_equal_ones():

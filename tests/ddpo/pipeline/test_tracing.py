@@ -34,6 +34,27 @@ def test_replayed_model_outputs_equal_the_stock_pipelines_exactly_at_every_step(
             assert (output - model_output).abs().max() == 0, k
 
 
+def test_what_a_loop_writes_over_its_latents_is_recorded_as_it_was():
+    """Kandinsky 5 writes the next latents into the tensor of the last ones."""
+
+    class InPlace(StableDiffusionPipeline):
+        def __call__(self, prompt, *, num_inference_steps, generator):
+            embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
+            self.scheduler.set_timesteps(num_inference_steps)
+            latents = torch.randn(1, 4, 8, 8, generator=generator)
+            for t in self.scheduler.timesteps:
+                output = self.unet(latents, t, encoder_hidden_states=embeddings).sample
+                latents[:] = self.scheduler.step(output, t, latents, return_dict=False)[0]
+
+    pipeline = InPlace(**dict(tiny_stable_diffusion().components), requires_safety_checker=False)
+    arguments = {"prompt": ["a"], "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    with torch.no_grad():
+        steps = trace(pipeline, pipeline.unet, arguments, hollow=False)
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(steps[0].sample, first) and torch.equal(steps[0].calls[0].latents, first)
+    assert not torch.equal(steps[1].sample, first)
+
+
 def test_hollow_tracing_never_runs_the_denoiser():
     pipeline = tiny_stable_diffusion()
     arguments = {"prompt": PROMPTS, "num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "latent"}

@@ -3,12 +3,12 @@
 import peft
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Kandinsky5Transformer3DModel, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
 from ddpo.validation import FieldError
-from ddpo.weights.adapter import default_targets
+from ddpo.weights.adapter import attach, default_targets
 from ddpo.weights.export import loads_lora
 from tests.ddpo.families import tiny_flux
 from tests.ddpo.more_families import tiny_pixart
@@ -30,6 +30,19 @@ def test_the_default_targets_are_the_attention_projections():
     policy = make_policy(pipeline=pipeline)
     adapted = {name.split(".lora_")[0].split("transformer_blocks.0.")[1] for name in policy.trainable()}
     assert adapted == {f"attn{i}.{layer}" for i in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+def test_attention_projections_are_found_under_other_names_than_diffusers_usual_ones():
+    network = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=8, model_dim=16, ff_dim=16,
+        num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 4, 8), patch_size=(1, 2, 2),
+    )  # fmt: skip
+    layers = ("to_query", "to_key", "to_value", "out_layer")
+    places = ("self_attention", "cross_attention")
+    assert default_targets(network) == tuple(f"{place}.{layer}" for place in places for layer in layers)
+    attach(network, LoraConfig(rank=2))
+    adapted = {name.split(".lora_")[0] for name, weight in network.named_parameters() if weight.requires_grad}
+    assert "out_layer.out_layer" not in adapted and "visual_transformer_blocks.0.cross_attention.out_layer" in adapted
 
 
 def test_targets_can_be_chosen():

@@ -231,6 +231,41 @@ def test_sd15_configs_hold_ddpos_published_numbers():
             "there is no log-probability), got 'ode'",
         ),
         (
+            "sampler: {kind: ode, last_step: pretrained}\nobjective: {kind: clean_sample}",
+            "x.yaml: sampler.last_step: must be stock with kind: ode (without noise all steps are alike), "
+            "got 'pretrained'",
+        ),
+        (
+            "sampler: {eta: 0, last_step: noisy}\nobjective: {kind: clean_sample}",
+            "x.yaml: sampler.last_step: must be stock with eta: 0 (without noise all steps are alike), got 'noisy'",
+        ),
+        (
+            "sampler: {last_step: noisy, stochastic_steps: {kind: window, shift_every_epochs: 0}}",
+            "x.yaml: sampler.last_step: must be stock or pretrained with stochastic_steps that never come to the last "
+            "step, got 'noisy'",
+        ),
+        (
+            "sampler: {last_step: noisy, stochastic_steps: {kind: random, high_noise_fraction: 0.5}}",
+            "x.yaml: sampler.last_step: must be stock or pretrained with stochastic_steps that never come to the last "
+            "step, got 'noisy'",
+        ),
+        (
+            "evaluation: {sampler: {kind: ode, last_step: pretrained}}",
+            "x.yaml: evaluation.sampler.last_step: must be stock with kind: ode (without noise all steps are alike), "
+            "got 'pretrained'",
+        ),
+        (
+            "objective: {kind: adjoint_matching, replay_epochs: 1}\nkl: {kind: adaptive, target: 1}",
+            "x.yaml: kl.kind: must be fixed with objective.replay_epochs (targets of earlier epochs hold the weight "
+            "that the KL had then), got 'adaptive'",
+        ),
+        (
+            "objective: {kind: adjoint_matching, replay_epochs: 1}\nkl: {alpha: 0.1}\n"
+            "constraints: [{reward: kl, at_most: 1}]",
+            "x.yaml: constraints: must be without kl with objective.replay_epochs (targets of earlier epochs hold the "
+            "weight that the KL had then), got ['kl']",
+        ),
+        (
             "batch: {group_size: 1}",
             "x.yaml: batch.group_size: must be at least 2 with advantages.baseline: group (or choose baseline: prompt "
             "or batch), got 1",
@@ -244,6 +279,20 @@ def test_sd15_configs_hold_ddpos_published_numbers():
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, text, message):
     assert refusal(tmp_path, text) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sampler: {last_step: pretrained}\nevaluation: {sampler: {kind: ode}}",
+        "sampler: {last_step: noisy, stochastic_steps: {kind: window}}",
+        "sampler: {last_step: noisy, stochastic_steps: {kind: random_window}}",
+        "sampler: {last_step: noisy, stochastic_steps: {kind: window, start: 46, shift_every_epochs: 0}}",
+        "objective: {kind: adjoint_matching}\nkl: {kind: adaptive, target: 1}",
+    ],
+)
+def test_what_is_refused_elsewhere_is_allowed_where_it_is_read(tmp_path, text):
+    load_config(write(tmp_path, text))
 
 
 def test_every_problem_gets_its_own_line(tmp_path):

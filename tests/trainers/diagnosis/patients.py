@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ddpo import FullConfig, SamplerConfig
+from ddpo import FullConfig, Policy, SamplerConfig
 from ddpo.control.diffusion.toy_problem import toy_problem
 from ddpo.credit.advantages import AdvantageConfig
 from ddpo.credit.kl import FixedKL
@@ -83,8 +83,18 @@ SICK = {
 }
 
 
-def run(patient: Patient, folder: Path) -> Path:
-    """Trains; returns the run folder."""
+PROMPTS = [f"prompt {i}" for i in range(16)]
+
+
+def run(patient: Patient, folder: Path, *, printed: io.StringIO | None = None) -> Path:
+    """Trains; returns the run folder. What it prints on stderr goes to `printed`."""
+    policy, reward, heldout, config = made(patient, folder)
+    with redirect_stdout(io.StringIO()), redirect_stderr(printed or io.StringIO()):
+        return train(policy, reward=reward, heldout=heldout, prompts=PROMPTS, config=config)
+
+
+def made(patient: Patient, folder: Path) -> tuple[Policy, WeightedSum, WeightedSum | None, Config]:
+    """Policy, reward, held-out reward and configuration."""
     torch.manual_seed(patient.seed)
     problem = toy_problem(sampler=SamplerConfig(num_steps=patient.steps, guidance_scale=1.0))
     policy = problem.policy()
@@ -117,14 +127,7 @@ def run(patient: Patient, folder: Path) -> Path:
         gate_tolerance=1e6 if patient.noise else None,
         seed=patient.seed,
     )  # fmt: skip
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return train(
-            policy,
-            reward=WeightedSum.of(reward),
-            heldout=WeightedSum.of(far) if patient.heldout else None,
-            prompts=[f"prompt {i}" for i in range(16)],
-            config=config,
-        )
+    return policy, WeightedSum.of(reward), WeightedSum.of(far) if patient.heldout else None, config
 
 
 def diagnose(patient: Patient) -> dict[str, str]:

@@ -95,6 +95,24 @@ def test_the_total_of_an_epochs_scores_is_made_once(monkeypatch: pytest.MonkeyPa
     assert sizes == [8, 8], "of all samples of three batches, and of their predicted images at one step"
 
 
+def test_shaping_before_a_pretrained_step_sees_the_picture_that_this_step_makes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without noise the last step ends in the clean latents that it predicts; the trained weights predict others."""
+    decoded = []
+    monkeypatch.setattr(Policy, "decode", lambda self, latents: decoded.append(latents) or latents[:, :3].sigmoid())
+    sampler = SamplerConfig(num_steps=4, guidance_scale=1.0, last_step="pretrained")
+    policy = Policy(tiny_stable_diffusion(set_alpha_to_one=True), sampler=sampler, adapter=LoraConfig(rank=2))
+    perturb(policy, size=0.3)
+    epoch, _ = collected(small(sampler=sampler, shaping=ShapingConfig(steps=(2, 3))), policy, brightness())
+    path, predicted = epoch.samples.trajectory, torch.cat(decoded[2::3])
+    assert path.schedule.pretrained_steps == (3,)
+    assert torch.equal(predicted, path.final) and not torch.allclose(torch.cat(decoded[1::3]), path.final, atol=1e-2)
+    with torch.no_grad():
+        trained = policy.predict(3, path.state(3), path.condition).x0
+    assert not torch.allclose(trained, predicted, atol=1e-2)
+
+
 def test_the_kl_that_is_only_logged_is_that_of_the_sites() -> None:
     policy = tiny_policy()
     perturb(policy)

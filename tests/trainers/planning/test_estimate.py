@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpo import LoraConfig, SamplerConfig
+from ddpo.credit.critic import Critic, CriticShape
 from ddpo.credit.kl import FixedKL
 from ddpo.credit.lagrangian import Constraint
 from ddpo.sampling.step_selection import StepSelection
@@ -301,3 +302,25 @@ def test_an_unknown_pipeline_is_planned_without_memory(capsys, tmp_path):
     arguments = ["plan", "shapes_ppo", "--model.path", "someone/something", "--run.output_dir", str(tmp_path)]
     assert main([*arguments, "--tracking.trackers", "[]"]) == 0
     assert "memory cannot be estimated for model.path 'someone/something'" in capsys.readouterr().out
+
+
+def test_a_critic_is_planned_with_its_states_weights_and_passes(capsys):
+    batch = ("--batch.samples_per_epoch", "32", "--sampler.num_steps", "10", "--kl.alpha", "0.1")
+    assert main(["plan", "shapes_jpeg", *batch, "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    critic = ("--advantages.baseline", "critic", "--critic.kind", "network", "--critic.updates_per_epoch", "5")
+    assert main(["plan", "shapes_jpeg", *batch, *critic, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["plan"]["critic_states"] == 32 * 10 + 32 * 5 and without["plan"]["critic_states"] == 0
+    made = Critic(CriticShape(heads=("jpeg", "kl"), num_steps=10, state=(4, 8, 8), prompt_size=64, width=64))
+    weights = sum(parameter.numel() for parameter in made.parameters())
+    assert planned["estimate"]["bytes"]["critic"] == 4 * 4 * weights and without["estimate"]["bytes"]["critic"] == 0
+    states = (torch.zeros(32, dtype=torch.int64), torch.zeros(32, 4, 8, 8), torch.zeros(32, 64))
+    with FlopCounterMode(display=False) as counter:
+        made.loss(*states, torch.zeros(32, 2)).mean().backward()
+    fitted = 5 * counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made(*states)
+    assert planned["estimate"]["flops_per_epoch"]["critic"] == fitted + 10 * counter.get_total_flops()
+    assert main(["plan", "shapes_jpeg", *batch, *critic]) == 0
+    assert "critic        480 states per epoch = 320 states valued, 5 updates of 32 states" in capsys.readouterr().out

@@ -37,6 +37,9 @@ class FakeTracker(Tracker):
     def histogram(self, key, values, step):
         self.calls.append((key, list(values), step))
 
+    def page(self, key, file, step):
+        self.calls.append((key, file.read_text(), step))
+
     def identity(self):
         return {"id": "fake"}
 
@@ -99,15 +102,18 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, monkeypatc
         open_one(name, tmp_path / "run")
 
 
-def test_several_trackers_get_the_same_finite_numbers():
+def test_several_trackers_get_the_same_finite_numbers(tmp_path):
     first, second = FakeTracker(), FakeTracker()
     trackers = Trackers({"first": first, "second": second})
     trackers.log({"reward": 1.0, "kl": float("nan"), "norm": float("inf")}, 3)
     trackers.histogram("scores", [1.0, float("nan"), 2], 3)
     trackers.histogram("empty", [float("nan")], 3)
     trackers.images("samples", PICTURES, 3)
+    (tmp_path / "report.html").write_text("a page")
+    trackers.page("report", tmp_path / "report.html", 3)
     trackers.close()
-    assert first.calls == [({"reward": 1.0}, 3), ("scores", [1.0, 2.0], 3), ("samples", 3, 3), "closed"]
+    seen = [({"reward": 1.0}, 3), ("scores", [1.0, 2.0], 3), ("samples", 3, 3), ("report", "a page", 3), "closed"]
+    assert first.calls == seen
     assert second.calls == first.calls
 
 
@@ -141,6 +147,8 @@ LOG_FOUR = """
         tracker.log({"reward/mean": step / 4}, step)
     tracker.images("samples", PICTURES, 4)
     tracker.histogram("scores", [0.1, 0.2, 0.3], 4)
+    (RUN / "report.html").write_text("<!doctype html><title>a report</title>")
+    tracker.page("report", RUN / "report.html", 4)
 """
 
 
@@ -164,6 +172,9 @@ def test_trackio_records_beside_the_run_survives_a_kill_and_is_continued(tmp_pat
     images = next(metrics for *_, metrics in rows if "samples/0" in metrics)
     assert [images[f"samples/{i}"]["caption"] for i in range(3)] == [f"a red square · reward 0.{i}" for i in range(3)]
     assert any("scores" in metrics for *_, metrics in rows)
+    assert [metrics["report"]["_type"] for *_, metrics in rows if "report" in metrics] == ["trackio.html"]
+    pages = (tmp_path / "runs" / ".trackio").rglob("*.html")
+    assert ["<title>a report</title>" in page.read_text() for page in pages] == [True]
 
     again = """
         tracker = start("trackio", first_step=3)

@@ -12,6 +12,7 @@ from ddpo.pipeline.guidance import linear
 from tests.ddpo.editing_families import tiny_qwen_edit
 from tests.ddpo.families import tiny_kontext, tiny_sd3, tiny_sdxl
 from tests.ddpo.more_families import tiny_ddpm, tiny_pixart, tiny_qwen
+from tests.ddpo.rare_families import tiny_wan_experts
 from tests.ddpo.tools import SIZE
 from tests.tiny import tiny_stable_diffusion
 from trainers.cli import main
@@ -92,6 +93,15 @@ def test_a_pipeline_that_edits_passes_with_images_made_here(build, side, tokens)
     measurements = rows(build, kind="flow_sde", size={"height": side, "width": side})
     assert not failed(measurements)
     assert ("trace", f"transformer, latents {tokens}x16, 3 steps, input images of {side}x{side}") in measurements
+
+
+def test_of_two_networks_the_gradient_is_that_of_the_one_that_makes_the_step():
+    sampler = SamplerConfig(kind="flow_sde", num_steps=3, num_frames=5, **SIZE)
+    subject = make_subject(tiny_wan_experts(), sampler=sampler, precision="fp32", device="cpu", fresh=tiny_wan_experts)
+    assert subject.policy.denoiser.experts == ("transformer", "transformer_2", "transformer_2")
+    idle, gradient = reached_rows(subject.policy, subject.path)
+    assert idle.obtained == "none" and gradient.passed
+    assert gradient.name.startswith("step 1")
 
 
 def test_the_finite_difference_stays_away_from_the_clamp_and_still_sees_a_wrong_gradient():

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpo.pipeline.denoiser import DTYPES
+from ddpo.pipeline.features import FeatureReader
 from ddpo.pipeline.quantization import Quantization
 from ddpo.weights import adapter as lora
 from ddpo.weights.adapter import FullConfig
@@ -23,6 +24,7 @@ from trainers.config import Config
 from trainers.parallel.sharding import blocks
 from trainers.planning.estimate.accounting import Cost, CudaKernels, account
 from trainers.planning.estimate.blueprint import Blueprint, Inputs, Latents
+from trainers.planning.estimate.critic import CriticCost, critic_cost
 from trainers.planning.plan import BatchPlan
 
 FLOAT32 = 4
@@ -46,6 +48,7 @@ class Parts:
         text_encoders: Of all text encoders.
         vae: The VAE.
         trajectories: Latents of an epoch, and prompt embeddings of each of its samples.
+        critic: A critic's weights, gradients and averages, whole in every process.
         gathered: Of a split network, the weights that are whole while they are used.
     """
 
@@ -57,6 +60,7 @@ class Parts:
     text_encoders: int
     vae: int
     trajectories: int
+    critic: int
     gathered: int
 
 
@@ -69,7 +73,8 @@ class Estimate:
         phases: Peak bytes by phase.
         per_sample: Bytes that one more sample of a call costs: `sampling`, `decoding`, `training`, and what the
             objective prepares.
-        flops: FLOPs of an epoch over all processes, by phase: `sampling`, `decoding`, `training`.
+        flops: FLOPs of an epoch over all processes, by phase: `sampling`, `decoding`, `training`, and `critic` where
+            there is one.
         plan: The epoch.
     """
 
@@ -116,7 +121,8 @@ def estimate(config: Config, blueprint: Blueprint, plan: BatchPlan) -> Estimate:
     """
     latents = blueprint.latents(config.sampler.height, config.sampler.width)
     simulated = _Simulation(config, plan, blueprint, latents)
-    parts = simulated.parts()
+    critic = simulated.critic()
+    parts = simulated.parts(critic)
     costs = {
         "sampling": simulated.sampling(),
         "training": simulated.training(),
@@ -124,7 +130,7 @@ def estimate(config: Config, blueprint: Blueprint, plan: BatchPlan) -> Estimate:
         "decoding with gradient": simulated.decoding(gradient=True) if _decodes(config) else NOTHING,
         "preparing": simulated.preparing() if config.demand.prepare else NOTHING,
     }
-    return _assemble(config, plan, latents, parts, costs)
+    return _assemble(config, plan, latents, parts, costs, critic)
 
 
 class _Simulation:
@@ -159,7 +165,21 @@ class _Simulation:
         modes = (CudaKernels(self._autocast), CudaKernels(self._autocast))
         return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=lambda: modes)
 
-    def parts(self) -> Parts:
+    def critic(self) -> CriticCost:
+        """The critic's passes."""
+        prompt = [tensor.shape[1:] for name, tensor in _flat(self._inputs(1)).items() if name not in _NOT_PER_PROMPT]
+        return critic_cost(self._config, state=self._seen(), prompt=prompt)
+
+    def _seen(self) -> tuple[int, ...]:
+        """Shape of what a critic sees of a sample's step."""
+        if self._config.critic.kind != "features":
+            return self._latents.shape
+        reader = FeatureReader([self._denoiser])
+        with reader.reading(), torch.no_grad():
+            self._denoiser(**self._inputs(1), return_dict=False)
+            return (reader.take(1).shape[1],)
+
+    def parts(self, critic: CriticCost) -> Parts:
         """Bytes of what stays."""
         config, plan, full = self._config, self._plan, isinstance(self._config.adapter, FullConfig)
         trained = [parameter.numel() for parameter in self._denoiser.parameters() if parameter.requires_grad]
@@ -171,6 +191,7 @@ class _Simulation:
             tensor.nbytes for name, tensor in _flat(self._inputs(1)).items() if name not in _NOT_PER_PROMPT
         )
         states = samples * _kept_states(config, plan) * self._latents.numel * FLOAT32
+        states += samples * plan.num_steps * critic.features * FLOAT32
         moments = sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained)
         shares = plan.num_processes if config.distributed.strategy != "ddp" else 1
         return Parts(
@@ -182,6 +203,7 @@ class _Simulation:
             text_encoders=self._blueprint.encoder_parameters * size,
             vae=0 if vae is None else sum(parameter.numel() for parameter in vae.parameters()) * size,
             trajectories=states + samples * embeddings * self._branches(guided=True),
+            critic=critic.kept,
             gathered=self._gathered() if shares > 1 else 0,
         )
 
@@ -209,7 +231,7 @@ class _Simulation:
         In a chain of several steps, all of them are differentiated by the state too.
         """
         config = self._config
-        chained = config.demand.chain and config.demand.graph_steps(self._plan.num_steps) > 1
+        chained = _chain_steps(config, self._plan) > 1
         inputs = self._inputs(self._branches(guided=config.demand.guidance))
         name, state = _state(inputs)
 
@@ -281,10 +303,17 @@ class _Simulation:
         return account(run, ignored=ignored, autocast=self._autocast)
 
 
-def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, costs: Mapping[str, Cost]) -> Estimate:
+def _assemble(
+    config: Config,
+    plan: BatchPlan,
+    latents: Latents,
+    parts: Parts,
+    costs: Mapping[str, Cost],
+    critic: CriticCost,
+) -> Estimate:
     """Peaks of the phases, in the order in which they come."""
     offload, on_cpu = config.model.offload, config.batch.trajectories == "cpu"
-    resident = parts.denoiser + parts.adapter + parts.optimizer + parts.averaged + parts.gathered
+    resident = parts.denoiser + parts.adapter + parts.optimizer + parts.averaged + parts.critic + parts.gathered
     idle = 0 if offload else parts.text_encoders + parts.vae
     kept = 0 if on_cpu else parts.trajectories
     # A batch's noise, its states, and their stack; with a KL weight also the mean of every step.
@@ -292,7 +321,7 @@ def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, c
     states = chains * latents.numel * FLOAT32
     sliced = config.model.vae_slicing
     demand = config.demand
-    calls = demand.graph_steps(plan.num_steps) if demand.chain else 1
+    calls = _chain_steps(config, plan)
     per_sample = {
         "sampling": costs["sampling"].peak + states,
         "decoding": _image_bytes(latents) if sliced else costs["decoding"].peak,
@@ -308,6 +337,9 @@ def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, c
         "training": resident + idle + kept + parts.gradients + plan.train_batch_size * per_sample["training"],
         "optimizer": resident + idle + kept + 2 * parts.gradients,
     }
+    if plan.critic_states:
+        together = min(config.critic.batch_size, plan.samples_per_process)
+        phases["critic"] = resident + idle + kept + together * critic.fit.peak
     prepare = demand.prepare
     if prepare is not None:
         pictures = prepare.decodes * (costs["decoding with gradient"].peak + _image_bytes(latents))
@@ -317,17 +349,21 @@ def _assemble(config: Config, plan: BatchPlan, latents: Latents, parts: Parts, c
     prepared = 0 if prepare is None else plan.images_per_epoch * prepare.rows(plan.num_steps)
     in_training = plan.training_rows * config.frozen_passes
     elsewhere = in_training + prepared * (plan.branches if demand.guidance else 1)
-    units = plan.images_per_epoch * plan.units_per_sample * plan.passes
+    chains = plan.images_per_epoch * plan.passes * (plan.units_per_sample if demand.chain else demand.chain_unit)
+    rows = plan.training_rows // (plan.branches if demand.guidance else 1)
     flops = {
         "sampling": (plan.sampling_rows + plan.reference_rows - elsewhere) * costs["sampling"].flops // plan.branches,
         "decoding": plan.images_per_epoch
         * (1 + len(config.shaping.steps) + _contests(config, plan))
         * costs["decoding"].flops,
-        "training": units * calls * demand.rows * costs["training"].flops
-        + units * demand.decodes * costs["decoding with gradient"].flops
+        "training": rows * costs["training"].flops
+        + chains * demand.decodes * costs["decoding with gradient"].flops
         + prepared * costs["preparing"].flops
         + (0 if prepare is None else plan.images_per_epoch * prepare.decodes * costs["decoding with gradient"].flops),
     }
+    if plan.critic_states:
+        fitted = plan.images_per_epoch * plan.critic_updates
+        flops["critic"] = (plan.critic_states - fitted) * critic.value.flops + fitted * critic.fit.flops
     return Estimate(parts=parts, phases=phases, per_sample=per_sample, flops=flops, plan=plan)
 
 
@@ -337,12 +373,19 @@ def _training_bytes(config: Config, plan: BatchPlan, latents: Latents, costs: Ma
     Beside them are a chain's own states, noise and decoded images.
     """
     demand = config.demand
-    if not demand.chain:
+    if not (demand.chain or demand.chain_unit):
         return costs["training"].peak * demand.rows
     step, pictures = costs["training"].peak, demand.decodes * costs["decoding with gradient"].peak
     images = demand.decodes * _image_bytes(latents) if demand.decodes else 0
     states = (plan.num_steps + 1 + _kept_states(config, plan) + 3 * calls) * latents.numel * FLOAT32
     return (max(step, pictures) if demand.recomputed else step * calls + pictures) + images + states
+
+
+def _chain_steps(config: Config, plan: BatchPlan) -> int:
+    """Steps of a chain that are differentiated; 1 where a unit is no chain."""
+    if config.demand.chain_unit:
+        return config.sampler.steps_from_first_unseen(plan.num_stochastic)
+    return config.demand.graph_steps(plan.num_steps) if config.demand.chain else 1
 
 
 _NOT_PER_PROMPT = ("sample", "hidden_states", "timestep", "img_ids", "txt_ids")

@@ -1,0 +1,1 @@
+"""One page about runs, `ddpo report`: what was run, how it went, what it made, and what the doctor says."""
