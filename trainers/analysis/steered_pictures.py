@@ -43,6 +43,8 @@ from trainers.tracking.pictures import side_by_side
 from trainers.tracking.progress import Progress
 
 STEERED = "steered.png"
+OF_STEERING = ("steer.", "rewards.", "batch.sample_batch_size")
+OF_MODEL = ("model.", "sampler.")
 PLAIN = BestOfN(particles=1)
 
 
@@ -86,7 +88,7 @@ def steer_model(model: str, request: SteerRequest, *, overrides: Sequence[str] =
     Args:
         model: A folder, a hub id, or `shapes`.
         request: What is wanted, by at least one reward.
-        overrides: `--key value` tokens of a configuration: `steer`, `rewards`, `sampler`, `model`, `batch`.
+        overrides: `--key value` tokens of `steer`, `rewards`, `sampler`, `model`, and `batch.sample_batch_size`.
 
     Returns:
         The picture with both side by side; the steered images and `samples.json` lie beside it.
@@ -99,6 +101,12 @@ def steer_model(model: str, request: SteerRequest, *, overrides: Sequence[str] =
     check_new(pictures.output)
     prompts = with_images(pictures.prompts, pictures.images)
     config = _configuration(request, overrides, {"model": {"path": model}})
+    _, unused = _split(overrides, (*OF_STEERING, *OF_MODEL))
+    if unused:
+        raise UserError(
+            f"{unused[0].partition('=')[0]} has no part in steering a model: steer, rewards, sampler, model and "
+            "batch.sample_batch_size have"
+        )
     check_model(config)
     check_device(config, here=True)
     processes = Processes(device=config.model.device)
@@ -122,8 +130,8 @@ def steer_run(run: Path, request: SteerRequest, *, overrides: Sequence[str] = ()
     Args:
         run: The run folder.
         request: What is wanted.
-        overrides: `--key value` tokens of `steer`, `batch` and, where rewards are named, `rewards`; others say where
-            files of the run lie now.
+        overrides: `--key value` tokens of `steer`, of `batch.sample_batch_size` and, where rewards are named, of
+            `rewards`; others say where files of the run lie now.
 
     Returns:
         The picture with both side by side; the steered images and `samples.json` lie beside it.
@@ -135,7 +143,7 @@ def steer_run(run: Path, request: SteerRequest, *, overrides: Sequence[str] = ()
     check_new(pictures.output)
     prompts = with_images(pictures.prompts, pictures.images)
     folder = open_run(run)
-    own, moved = _split(overrides, ("steer.", "batch.", "rewards.") if request.rewards else ("steer.", "batch."))
+    own, moved = _split(overrides, [key for key in OF_STEERING if request.rewards or key != "rewards."])
     trained = load_moved(ConfigFile.read(folder.config_file), moved)
     sampler = trained.evaluation_sampler if pictures.sampler == "evaluation" else trained.sampler
     terms = () if request.rewards else trained.rewards
@@ -179,11 +187,11 @@ def _configuration(request: SteerRequest, overrides: Sequence[str], keys: Mappin
     return file.config(["--steer.kind", request.kind, *rewards, *overrides])
 
 
-def _split(overrides: Sequence[str], own: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def _split(overrides: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tokens whose keys begin with one of `own`, and the others."""
     tokens = {key: f"--{key}={value}" for key, value in parse_overrides(overrides).items()}
-    mine = [token for key, token in tokens.items() if key.startswith(own)]
-    return mine, [token for key, token in tokens.items() if not key.startswith(own)]
+    mine = [token for key, token in tokens.items() if key.startswith(tuple(own))]
+    return mine, [token for key, token in tokens.items() if not key.startswith(tuple(own))]
 
 
 def _kind(config: Config) -> Kind:

@@ -19,6 +19,7 @@ def describe_goal(config: Config) -> str:
         ("bounds", ", ".join(map(_bound, config.constraints))),
         ("held out", ", ".join(term.shown for term in config.heldout_rewards)),
         ("images", "" if config.offline is None else f"judged already, of {config.offline.source}"),
+        ("steered", "" if config.steer is None else f"by {config.steer.kind}, towards the rewards"),
         ("prompts", _trained_on(config)),
         ("model", f"{config.model.path}, {config.model.precision}, {_trained(config)}"),
         ("by", f"{config.demand.name}, learning rate {config.learning_rate:g}, {_kl(config)}"),

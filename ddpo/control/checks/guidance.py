@@ -93,7 +93,7 @@ def guided_chain(problem: ToyProblem, alpha: float) -> AffineChain:
 
 def check_reward_gradient() -> Iterator[Measurement]:
     """The law that comes out is the affine chain's, and that is not the tilted law."""
-    problem, alpha = toy_problem(2), 1.0
+    problem, alpha = toy_problem(2), 0.3
     means, covs = marginals(guided_chain(problem, alpha))
     target, spread = tilted_terminal(problem.reference, problem.reward, alpha)
     policy, seeds = problem.policy(), sample_seeds(0, 0, range(_ROWS))
@@ -117,7 +117,7 @@ def check_reward_gradient() -> Iterator[Measurement]:
 @torch.no_grad()
 def check_langevin() -> Iterator[Measurement]:
     """Corrections at one level on N(0, 1), until they have converged."""
-    dims, k = 4, 5
+    dims, k = 16, 5
     problem = replace(
         toy_problem(dims), mean=torch.zeros(dims, dtype=torch.float64), cov=torch.eye(dims, dtype=torch.float64),
         reward=quadratic(torch.zeros(dims, dims), torch.zeros(dims)),
@@ -125,8 +125,8 @@ def check_langevin() -> Iterator[Measurement]:
     policy = problem.policy()
     s = float(problem.schedule.s[k + 1])
     for h in (0.2, 0.8):
-        steer = Langevin(score=lambda images, rows: rows, alpha=None, corrections=40, step=h / s**2, ratio=0.16)
-        x = torch.randn(2000, dims, generator=torch.Generator().manual_seed(0))
+        steer = Langevin(score=lambda images, rows: rows, alpha=None, corrections=30, step=h / s**2, ratio=0.16)
+        x = torch.randn(500, dims, generator=torch.Generator().manual_seed(0))
         state = state_at(policy, k, x)
         draw = Draw(state=state, proposal=state.gaussian, noise=x, is_noisy=True, candidates=x)
         squares = steer.select(draw, policy).latents.double().square().mean(1)

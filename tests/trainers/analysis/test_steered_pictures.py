@@ -154,6 +154,7 @@ def test_a_run_is_steered_by_its_own_rewards_from_the_noise_of_its_plain_picture
         ),
         (["--steer", "svdd", "--reward", "redness", "--checkpoint", "epoch_000001"], "--checkpoint is of a run"),
         (["--steer", "svdd", "--reward", "redness", "--image", "no.png"], "no.png"),
+        (["--steer", "svdd", "--reward", "redness", "--batch.group_size", "2"], "--batch.group_size has no part in"),
         (["--steer", "svdd", "--reward", "redness", "--output", "."], "--output: . exists already"),
     ],
 )

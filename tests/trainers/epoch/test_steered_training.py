@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.trainers.loop_helpers import reproducible, start, weights, write_config
+from trainers.config.goal import describe_goal
 from trainers.config.io import ConfigError, load_config
 from trainers.loop import resume
 from trainers.planning.plan import make_plan
@@ -52,6 +53,7 @@ def test_the_plan_counts_the_particles_rows(config: Path) -> None:
     plan = make_plan(loaded, num_processes=1, num_stochastic=3)
     assert plan.sampling_rows == 3 * 4 * 3 and plan.reference_rows == 0
     assert "denoiser rows up to 44 per epoch = 36 sampling" in plan.describe()
+    assert "steered       by best_of_n, towards the rewards" in describe_goal(loaded)
 
 
 @pytest.mark.parametrize(
