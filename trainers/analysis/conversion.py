@@ -22,6 +22,7 @@ from ddpo.loading import load_pipeline
 from ddpo.pipeline.denoiser import DTYPES, Precision
 from ddpo.pipeline.experts import parts_of
 from ddpo.validation import UserError
+from ddpo.weights.beginning import begins_with
 from ddpo.weights.export import by_part, lora_state, save_as_peft
 from ddpo.weights.formats import by_layer, merge, renamed
 from trainers.analysis.comparison import open_run
@@ -154,6 +155,7 @@ def _save_merged(
     pipeline = load_pipeline(
         config.model.path, dtype=torch.float32, revision=config.model.revision, variant=config.model.variant
     )
+    begins_with(pipeline, policy.adapter)  # a LoRA under the trained one is part of the pretrained weights
     network = policy.denoiser.module
     if isinstance(policy.adapter, LoraConfig):
         state = lora_state(network, policy.adapter, weights)
