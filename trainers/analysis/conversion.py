@@ -81,7 +81,7 @@ def convert(run: Path, request: Conversion, *, overrides: Sequence[str] = ()) ->
         raise UserError(f"--format {request.format} is for a LoRA, and the run trained all weights; take merged")
     if request.format == "merged" and config.model.quantization is not None:
         raise UserError("--format merged needs the whole weights, and model.quantization is set; take diffusers")
-    source = _source(folder, request.epoch)
+    source = source_of(folder, request.epoch)
     output = request.output or folder.path / "exports" / _name(folder, request)
     if output.exists():
         raise UserError(f"--output: {output} exists already: choose another place, or remove it")
@@ -95,7 +95,7 @@ def convert(run: Path, request: Conversion, *, overrides: Sequence[str] = ()) ->
     return output
 
 
-def _source(folder: RunFolder, epoch: int | None) -> Path:
+def source_of(folder: RunFolder, epoch: int | None) -> Path:
     """The exported weights, or the checkpoint of an epoch, the newest one while nothing is exported."""
     if epoch is None:
         return folder.lora if folder.lora.is_dir() else folder.checkpoint()
