@@ -36,6 +36,7 @@ from ddpo.seeds import fill_noise
 from ddpo.trajectory import Condition
 from ddpo.validation import UserError
 from ddpo.weights.adapter import AdapterConfig, LoraConfig
+from ddpo.weights.beginning import begin_at, begins_with
 from ddpo.weights.export import read_weights, save_weights
 from ddpo.weights.trained_network import TrainedNetwork
 
@@ -101,9 +102,12 @@ class Policy:
             UntraceableError: The pipeline does not fit; the message says why.
             UserError: The sampler or the scheduler does not fit the model, or the denoiser has an adapter already.
         """
+        beginning = begins_with(pipeline, adapter)
         self._model = Model(pipeline, precision=precision, device=device, offload=offload, source=source)
         self._view = _first_epoch(sampler, self._model.wire(sampler), seed=seed)
         self._trained = TrainedNetwork(self._model.network, adapter, used=self._view.wiring.reading.used, seed=seed)
+        if isinstance(adapter, LoraConfig):
+            begin_at(self._model.network.module, adapter, beginning)
 
     @classmethod
     def from_pretrained(

@@ -36,6 +36,9 @@ class LoraConfig:
         alpha: Scale; the update is (alpha / rank) B @ A. null takes `rank`, i.e. a scale of 1.
         target_modules: Suffixes of the linear or convolution layers to adapt; null takes the attention projections,
             by diffusers' usual names, or where none has one, the linear layers of all attention modules.
+        init: A LoRA to begin from: a folder, a safetensors file or a hub id; null begins with no change.
+        reference: With `init`, what the KL is to. `base`: the pretrained model; the LoRA is trained on. `start`: the
+            model with the LoRA, which becomes part of the frozen weights; a new one is trained on top of it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -44,9 +47,14 @@ class LoraConfig:
     rank: int = 16
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
+    init: str | None = None
+    reference: Literal["base", "start"] = "base"
 
     def __post_init__(self) -> None:
         check(1 <= self.rank <= MAX_RANK, "rank", self.rank, f"at least 1, at most {MAX_RANK:,}")
+        check(self.init is None or bool(self.init.strip()), "init", self.init, "a folder, a file, a hub id, or null")
+        alone = self.init is None and self.reference != "base"
+        check(not alone, "reference", self.reference, "base without adapter.init (there is no LoRA to start from)")
         fits = self.alpha is None or 0 < self.alpha <= MAX_SCALE * self.rank
         check(fits, "alpha", self.alpha, f"positive and at most {MAX_SCALE:g} times the rank, or null")
 

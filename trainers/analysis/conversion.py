@@ -22,6 +22,7 @@ from ddpo.loading import load_pipeline
 from ddpo.pipeline.denoiser import DTYPES, Precision
 from ddpo.pipeline.experts import parts_of
 from ddpo.validation import UserError
+from ddpo.weights.beginning import begins_with
 from ddpo.weights.export import by_part, lora_state, save_as_peft
 from ddpo.weights.formats import by_layer, merge, renamed
 from trainers.analysis.comparison import open_run
@@ -80,7 +81,7 @@ def convert(run: Path, request: Conversion, *, overrides: Sequence[str] = ()) ->
         raise UserError(f"--format {request.format} is for a LoRA, and the run trained all weights; take merged")
     if request.format == "merged" and config.model.quantization is not None:
         raise UserError("--format merged needs the whole weights, and model.quantization is set; take diffusers")
-    source = _source(folder, request.epoch)
+    source = source_of(folder, request.epoch)
     output = request.output or folder.path / "exports" / _name(folder, request)
     if output.exists():
         raise UserError(f"--output: {output} exists already: choose another place, or remove it")
@@ -94,7 +95,7 @@ def convert(run: Path, request: Conversion, *, overrides: Sequence[str] = ()) ->
     return output
 
 
-def _source(folder: RunFolder, epoch: int | None) -> Path:
+def source_of(folder: RunFolder, epoch: int | None) -> Path:
     """The exported weights, or the checkpoint of an epoch, the newest one while nothing is exported."""
     if epoch is None:
         return folder.lora if folder.lora.is_dir() else folder.checkpoint()
@@ -158,6 +159,7 @@ def _save_merged(
         variant=config.model.variant,
         config=config.model.config,
     )
+    begins_with(pipeline, policy.adapter)  # a LoRA under the trained one is part of the pretrained weights
     network = policy.denoiser.module
     if isinstance(policy.adapter, LoraConfig):
         state = lora_state(network, policy.adapter, weights)

@@ -169,6 +169,7 @@ _EXPORT_EPILOG = """\
   merged      a pipeline of its own: DiffusionPipeline.from_pretrained(FOLDER), also for model.path of a further run
 
 The LoRA's scale is in its weights, so alpha is the rank in every file. All weights: diffusers or merged.
+--push OWNER/NAME uploads what was written, with the model card, its table and its picture.
 """
 
 
@@ -181,6 +182,8 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the file (default fp32)")
     parser.add_argument("--epoch", type=positive, metavar="N", help="checkpoint (default: what the run exported)")
     parser.add_argument("--output", type=Path, help="file or folder to make (default: in RUN/exports)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, with its card")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     add_accept(parser, "model", about=_ACCEPT_HELP)
 
 
@@ -289,9 +292,17 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> None:
-    from trainers.analysis.conversion import Conversion, convert
+    from trainers.analysis.conversion import Conversion, convert, source_of
+    from trainers.analysis.publishing import check_push, push
+    from trainers.run_folder.folder import RunFolder
 
-    print(convert(options.run, as_given(Conversion, options), overrides=overrides))
+    if options.push is not None:
+        check_push(options.push)
+    written = convert(options.run, as_given(Conversion, options), overrides=overrides)
+    print(written, flush=True)
+    if options.push is not None:
+        card = source_of(RunFolder.open(options.run), options.epoch)
+        print(push(written, card, options.push, private=options.private))
 
 
 def _check_output(options: argparse.Namespace, *, default: Path) -> None:

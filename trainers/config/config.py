@@ -178,6 +178,9 @@ class Config:
         full = isinstance(self.adapter, FullConfig) and self.model.quantization is not None
         cure = "null with adapter.kind: full (quantised weights cannot be trained; use adapter.kind: lora)"
         check(not full, "model.quantization", self.model.quantization, cure)
+        stacked = isinstance(self.adapter, LoraConfig) and self.adapter.reference == "start"
+        cure = "base with model.quantization (nothing can be added to quantised weights)"
+        check(not stacked or self.model.quantization is None, "adapter.reference", "start", cure)
         if self.distributed.strategy != "ddp":
             split = f"with distributed.strategy: {self.distributed.strategy}"
             cure = f"bf16 or fp32 {split} (fp16's loss scale sees one process's part only)"
@@ -355,6 +358,11 @@ class Config:
         """What the objective needs of a run."""
         demand = self.objective.build().demand
         return replace(demand, rows=demand.rows * self.batch.group_size) if demand.group_rows else demand
+
+    @property
+    def init(self) -> str | None:
+        """The LoRA that the trained one begins from, or lies on; None for none."""
+        return self.adapter.init if isinstance(self.adapter, LoraConfig) else None
 
     @property
     def frozen_passes(self) -> int:

@@ -1,14 +1,15 @@
 """Where a configuration's files lie, as opposed to what they are: hashes say that, so a place may change on a resume.
 
-Places are `model.path`, `model.config` and `model.revision`, prompt files, judged images, the files in `file.py:name`,
-and options of rewards that name a file or folder. A run keeps them absolute, to go on from whatever folder it is
-resumed in.
+Places are `model.path`, `model.config` and `model.revision`, `adapter.init`, prompt files, judged images, the files in
+`file.py:name`, and options of rewards that name a file or folder. A run keeps them absolute, to go on from whatever
+folder it is resumed in.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ddpo.weights.adapter import AdapterConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
 from trainers.config.config import Config
 from trainers.prompt_files import is_file_name
@@ -20,6 +21,7 @@ def absolute(config: Config) -> Config:
     return replace(
         config,
         model=replace(config.model, path=_absolute(config.model.path), config=_absolute_folder(config.model.config)),
+        adapter=_begun_at(config.adapter, None if config.init is None else _absolute(config.init)),
         rewards=tuple(map(_absolute_term, config.rewards)),
         heldout_rewards=tuple(map(_absolute_term, config.heldout_rewards)),
         constraints=tuple(replace(bound, reward=_absolute_spec(bound.reward)) for bound in config.constraints),
@@ -30,6 +32,13 @@ def absolute(config: Config) -> Config:
             prompts=None if config.evaluation.prompts is None else _absolute_prompts(config.evaluation.prompts),
         ),
     )
+
+
+def _begun_at(adapter: AdapterConfig, place: str | None) -> AdapterConfig:
+    """An adapter whose LoRA to begin from, if it has one, lies in another place."""
+    if not isinstance(adapter, LoraConfig) or adapter.init is None or place is None:
+        return adapter
+    return replace(adapter, init=place)
 
 
 def _absolute(place: str) -> str:
@@ -75,6 +84,7 @@ def moved(saved: Config, wanted: Config) -> Config:
         if judged is None or others is None
         else replace(judged, source=others.source, cache=others.cache),
         model=replace(saved.model, path=wanted.model.path, revision=wanted.model.revision, config=wanted.model.config),
+        adapter=_begun_at(saved.adapter, wanted.init),
         rewards=_moved_terms(saved.rewards, wanted.rewards),
         heldout_rewards=_moved_terms(saved.heldout_rewards, wanted.heldout_rewards),
         constraints=tuple(

@@ -38,6 +38,7 @@ def preflight(config: Config, *, num_processes: int, here: bool = True, resumed:
         UserError: Something is missing or does not fit; the message says where it was looked for, and the cure.
     """
     check_model(config, resumed=resumed is not None)
+    check_init(config)
     check_device(config, here=here and num_processes == 1)  # several processes each have a device of their own
     check_optimizer(config)
     check_rewards(config)
@@ -91,6 +92,17 @@ def _check_config_folder(place: str | None) -> None:
     """Refuses a folder that a single file's settings are to come from and that has none."""
     if place is not None and place.startswith((".", "/", "~")) and not (Path(place).expanduser() / INDEX).is_file():
         raise ConfigError(f"model.config: there is no {INDEX} in {Path(place).expanduser().absolute()}")
+
+
+def check_init(config: Config) -> None:
+    """Refuses a LoRA to begin from that is named as a file or folder and is not there."""
+    place = config.init
+    if place is None:
+        return
+    path = Path(place).expanduser()
+    looks_local = place.startswith((".", "/", "~")) or place.count("/") != 1 or path.suffix == ".safetensors"
+    if looks_local and not path.exists():
+        raise ConfigError(f"adapter.init: there is no {path} (looked for {path.absolute()})")
 
 
 def check_device(config: Config, *, here: bool) -> None:

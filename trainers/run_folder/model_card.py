@@ -133,6 +133,14 @@ def _call(policy: Policy, config: Config) -> tuple[str, list[str]]:
     return "DDIMScheduler" if has_eta else "", [f'picture = pipe("a prompt", {given}).{result}[0]']
 
 
+def _stacked(policy: Policy) -> list[str]:
+    """Makes the LoRA that lies under the trained one part of the weights."""
+    adapter = policy.adapter
+    if not isinstance(adapter, LoraConfig) or adapter.init is None or adapter.reference == "base":
+        return []
+    return [f"pipe.load_lora_weights({adapter.init!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+
+
 def _loading(policy: Policy, base: str, config: Config, *, lora: bool) -> str:
     """Python that loads the weights into the stock pipeline and samples; FOLDER is this folder or its hub id."""
     pipeline: DiffusionPipeline = policy.pipeline
@@ -145,6 +153,7 @@ def _loading(policy: Policy, base: str, config: Config, *, lora: bool) -> str:
     for name in names:
         network = f"pipe.{name}"
         if lora and loads_lora(pipeline, policy.name):
+            loads += _stacked(policy)
             options = "" if name == policy.name else f', subfolder="{name}", load_into_{name}=True'
             loads.append(f'pipe.load_lora_weights("FOLDER"{options})')
         elif lora:

@@ -147,12 +147,26 @@ def _as_files(saved: dict) -> ModelFiles:
 def find_model(policy: Policy, config: Config) -> ModelFiles:
     """The files that a policy's pipeline was loaded from, or its tensors where it was made in Python."""
     source = policy.source
+    under = _frozen_lora(policy)
     folder = None if source is None else _folder(source)
     if source is None or folder is None:
-        return ModelFiles(path=config.model.path, files=_tensors(policy))
+        return ModelFiles(path=config.model.path, files=_tensors(policy) | under)
     commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     used = [name for name, part in policy.pipeline.components.items() if part is not None]
-    return ModelFiles(path=source.path, revision=commit, files=hash_files(folder, used, variant=source.variant))
+    return ModelFiles(path=source.path, revision=commit, files=hash_files(folder, used, variant=source.variant) | under)
+
+
+def _frozen_lora(policy: Policy) -> dict[str, str]:
+    """SHA-256 of the files of a LoRA that lies under the trained one; one from the hub is known by its name alone."""
+    adapter = policy.adapter
+    if not isinstance(adapter, LoraConfig) or adapter.init is None or adapter.reference == "base":
+        return {}
+    place = Path(adapter.init).expanduser()
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    known = _Known()
+    found = {f"adapter.init/{file.name}": known.sha256(file) for file in files}
+    known.save()
+    return found
 
 
 def _folder(source: Source) -> Path | None:
