@@ -199,8 +199,11 @@ def recording(
 
 
 def step_output(latents: Tensor, options: Mapping[str, object]) -> object:
-    """What `scheduler.step` returns for these latents, in the form that its `options` ask for."""
-    return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents,)
+    """What `scheduler.step` returns for these latents, in the form that its `options` ask for.
+
+    A second entry is the predicted clean latents, which the loops of consistency models end with.
+    """
+    return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents, latents)
 
 
 @contextmanager

@@ -156,16 +156,25 @@ def test_a_model_of_another_family_is_refused_without_advice_that_would_make_a_w
     assert "DDIMScheduler" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("distilled", [LCMScheduler, TCDScheduler])
-def test_a_distilled_model_is_refused_and_the_named_cure_starts_at_pure_noise(distilled):
+def test_a_distilled_model_is_refused_and_the_named_cure_samples_it_from_pure_noise():
     pipeline = tiny_stable_diffusion()
-    pipeline.scheduler = distilled(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    with pytest.raises(ValueError, match=f"{distilled.__name__} samples a distilled model") as refusal:
+    pipeline.scheduler = TCDScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="TCDScheduler samples a distilled model") as refusal:
         Policy(pipeline, sampler=ODE)
-    assert 'DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")' in str(refusal.value)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    policy = Policy(pipeline, sampler=SamplerConfig(kind="ode", num_steps=4, **SIZE))
-    assert policy.schedule.model_time[0] == 999 and policy.schedule.s[0] > 0.997
+    assert "LCMScheduler.from_config(pipeline.scheduler.config)" in str(refusal.value)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    policy = Policy(pipeline, sampler=default_sampler(pipeline.scheduler, num_steps=4))
+    assert policy.sampler.kind == "lcm"
+    assert policy.schedule.model_time.tolist() == [999, 759, 499, 259]
+
+
+def test_consistency_sampling_and_models_distilled_to_it_go_together():
+    with pytest.raises(ValueError, match=r"sampler\.kind must be another with this model \(lcm is for one with LCMSch"):
+        Policy(tiny_stable_diffusion(), sampler=SamplerConfig(kind="lcm", num_steps=2, **SIZE))
+    pipeline = tiny_stable_diffusion()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="sampler.kind must be lcm or ode with LCMScheduler"):
+        Policy(pipeline, sampler=SamplerConfig(kind="ddim", num_steps=2, **SIZE))
 
 
 def test_every_replacement_of_a_scheduler_is_said_in_one_line(caplog):
