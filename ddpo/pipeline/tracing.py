@@ -154,7 +154,13 @@ def trace(
     """
     with recording(pipeline, denoiser, num_steps=num_steps, hollow=hollow) as steps, suppress(_StopTracing):
         pipeline(**arguments)
-    if not steps or any(not entry.calls for entry in steps):
+    idle = sum(not entry.calls for entry in steps)
+    if steps and steps[0].calls and 2 * idle >= len(steps):
+        raise UntraceableError(
+            f"{type(pipeline).__name__} steps more than one chain with each call of its denoiser, such as sound beside "
+            "a video; a policy is one chain, and the other would have no likelihood. It cannot be trained"
+        )
+    if not steps or idle:
         raise UntraceableError(
             f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
         )

@@ -1,5 +1,7 @@
 """Pipelines that no policy can be made of, and what is said."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -109,6 +111,21 @@ class TwoTimes(StableDiffusionPipeline):
         return (latents,)
 
 
+class WithSound(StableDiffusionPipeline):
+    """Steps a second chain by a copy of its scheduler, as LTX-2 its audio."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
+        self.scheduler.set_timesteps(num_inference_steps)
+        other = copy.deepcopy(self.scheduler)
+        latents = sound = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t, encoder_hidden_states=embeddings).sample
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            sound = other.step(-output, t, sound, return_dict=False)[0]
+        return (latents,)
+
+
 class SkipsSteps(StableDiffusionPipeline):
     def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
         embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
@@ -130,6 +147,7 @@ class SkipsSteps(StableDiffusionPipeline):
         (FadingPrompt, "FadingPrompt changes encoder_hidden_states of its denoiser from step to step"),
         (FadingGuidance, "FadingGuidance guides differently at different steps"),
         (TwoTimes, r"TwoTimes makes \(1, 4, 8, 8\) of one latent where a picture is \(1, 3, H, W\)"),
+        (WithSound, "WithSound steps more than one chain with each call of its denoiser, such as sound beside a video"),
         (SkipsSteps, "SkipsSteps makes 1 steps where its scheduler has 2"),
     ],
 )
