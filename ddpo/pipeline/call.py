@@ -28,6 +28,7 @@ from ddpo.validation import FieldError
 BLANK = " "  # the unconditional prompt of Qwen-Image's authors; an empty one would have no token at all
 GUIDER = "guider"
 SYNONYMS = {"num_frames": ("num_frames", "frames", "video_length")}  # Sana Video's and Latte's last
+SIDES = ("height", "width")
 Batch = Literal["any", "one", "scalar"]
 
 
@@ -141,11 +142,12 @@ def read_call(
         "height": sampler.height, "width": sampler.width, "num_frames": sampler.num_frames,
         "guidance_rescale": sampler.guidance_rescale or None,
     }  # fmt: skip
+    image = IMAGE in parameters and not no_images
     fixed: dict[str, object] = {}
     for option, value in options.items():
         own = next((known for known in SYNONYMS.get(option, (option,)) if known in parameters), None)
-        if value is None:
-            continue
+        if value is None or (own is None and option in SIDES and image):
+            continue  # where there is no such option, a picture has its input image's size
         if own is None:
             raise FieldError(f"sampler.{option}", value, f"left out with {name}, which takes no {option}")
         fixed[own] = value
@@ -159,20 +161,22 @@ def read_call(
         fixed=fixed,
         no_images=no_images or f"{name} takes no image",
     )
-    return _with_images(call, parameters) if IMAGE in parameters and not no_images else call
+    size = (sampler.width or DEFAULT_SIDE, sampler.height or DEFAULT_SIDE)
+    return _with_images(call, parameters, size) if image else call
 
 
-def _with_images(call: PipelineCall, parameters: Mapping[str, inspect.Parameter]) -> PipelineCall:
+def _with_images(
+    call: PipelineCall, parameters: Mapping[str, inspect.Parameter], image_size: tuple[int, int]
+) -> PipelineCall:
     """The call with an input image of the size of the pictures for every prompt."""
-    size = {side: call.fixed.get(side, DEFAULT_SIDE) for side in ("height", "width")}
-    width, height = size["width"], size["height"]
-    assert isinstance(width, int) and isinstance(height, int)
+    width, height = image_size
+    size = {"height": height, "width": width}
     fixed = {**call.fixed, **{side: pixels for side, pixels in size.items() if side in parameters}}
     if "max_area" in parameters:
         fixed["max_area"] = width * height  # else a size that was asked for becomes another of a megapixel
-    if "_auto_resize" in parameters and size != dict.fromkeys(size, DEFAULT_SIDE):
+    if "_auto_resize" in parameters and image_size != (DEFAULT_SIDE, DEFAULT_SIDE):
         fixed["_auto_resize"] = False  # the same for the input image
-    return replace(call, fixed=fixed, image_size=(width, height), no_images="")
+    return replace(call, fixed=fixed, image_size=image_size, no_images="")
 
 
 def _guidance(

@@ -17,7 +17,7 @@ from ddpo.pipeline.denoiser import Denoiser
 from ddpo.pipeline.guidance import GuidanceRule, find_rules, rounding
 from ddpo.pipeline.input_images import probe_images
 from ddpo.pipeline.probes import PROBE_PROMPTS, Probes, differing, probe
-from ddpo.pipeline.scheduler import clip_range, noise_grid, prediction_type
+from ddpo.pipeline.scheduler import check_sampler, clip_range, noise_grid, prediction_type
 from ddpo.pipeline.tracing import Step, UntraceableError, trace
 from ddpo.sampling.samplers import SamplerConfig, make_schedule
 from ddpo.sampling.schedule import PredictionType, Schedule
@@ -68,6 +68,7 @@ def read_pipeline(
         UntraceableError: It does not fit; the message says why.
         UserError: The sampler does not fit the model.
     """
+    check_sampler(pipeline.scheduler, sampler.kind)
     with _unwarned(), denoiser.autocast():
         call, probes = _probe(pipeline, denoiser.module, call, sampler)
         _check_chance(pipeline, denoiser.module, call, probes.one)

@@ -6,16 +6,20 @@ import logging
 from dataclasses import replace
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 
 from ddpo.sampling.samplers import SamplerConfig, SamplerKind
 from ddpo.sampling.schedule import Grid, PredictionType
-from ddpo.validation import UserError
+from ddpo.validation import FieldError, UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Schedulers of VP models that were distilled to a few steps.
-DISTILLED = ("LCMScheduler", "TCDScheduler")
 # Parts of the names of schedulers whose models are of another family.
 FAMILIES = {
     "EDM": "an EDM model, a family",
@@ -34,13 +38,14 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler whose grid and prediction type the policy follows.
 
     Any VP scheduler (PNDM, Euler, DPM-Solver, ...) becomes the `DDIMScheduler` of the same noise schedule, since DDIM
-    is the family of one-step Gaussian samplers of a VP model; a line of the log says so. Flow-matching schedulers stay.
+    is the family of one-step Gaussian samplers of a VP model; a line of the log says so. Flow-matching schedulers stay,
+    and so does that of latent consistency models, whose timesteps they were distilled for.
 
     Args:
         scheduler: The pipeline's own.
 
     Returns:
-        A `DDIMScheduler` or the given `FlowMatchEulerDiscreteScheduler`.
+        A `DDIMScheduler`, or the given `FlowMatchEulerDiscreteScheduler` or `LCMScheduler`.
 
     Raises:
         UserError: The scheduler has neither `alphas_cumprod` nor flow-matching sigmas, samples a distilled model, is a
@@ -49,6 +54,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if is_flow_matching(scheduler):
         return scheduler
     _check_family(scheduler)
+    if isinstance(scheduler, LCMScheduler):
+        return scheduler
     overrides: dict[str, object] = {}
     if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         # Solvers without these two options never clip, but DDIMScheduler's own default would clip latents to [-1, 1].
@@ -58,11 +65,6 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     known = inspect.signature(DDIMScheduler).parameters
     config = {key: value for key, value in scheduler.config.items() if key in known}
     ddim = DDIMScheduler.from_config(config, **overrides)
-    if ddim.config.thresholding:
-        raise UserError(
-            "scheduler option thresholding: true is not supported: the quantile makes the step's mean depend on the "
-            "whole image in a way that has no stable gradient. Set thresholding: false in the scheduler's config."
-        )
     if _start(scheduler) > _start(ddim):  # what it starts from is pure noise there, and would not be here
         ddim = DDIMScheduler.from_config(config, **overrides, timestep_spacing="trailing")
     _keep_alphas(scheduler, ddim)
@@ -77,11 +79,15 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 def _check_family(scheduler: SchedulerMixin) -> None:
     """Refuses a scheduler that is not of a VP model."""
     name = type(scheduler).__name__
-    if name in DISTILLED:
+    if name == "TCDScheduler":
         raise UserError(
-            f"scheduler {name} samples a distilled model in a few steps, each from noise drawn anew, which no sampler "
-            "here does. To train it as a DDIM chain, which starts at pure noise, give the model's plain text-to-image "
-            'pipeline DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")'
+            f"scheduler {name} samples a distilled model in steps that no sampler here has. To train it by consistency "
+            "sampling (sampler.kind: lcm), give the pipeline LCMScheduler.from_config(pipeline.scheduler.config)"
+        )
+    if scheduler.config.get("thresholding", False):
+        raise UserError(
+            "scheduler option thresholding: true is not supported: the quantile makes the step's mean depend on the "
+            "whole image in a way that has no stable gradient. Set thresholding: false in the scheduler's config."
         )
     if name == "FlowMatchHeunDiscreteScheduler":
         raise UserError(
@@ -158,6 +164,9 @@ def noise_grid(scheduler: SchedulerMixin, *, ends_noisy: bool = False) -> Grid:
         sigmas = scheduler.sigmas.double().cpu()
         grid = Grid(a=1 - sigmas[:-1], s=sigmas[:-1], a_next=1 - sigmas[1:], s_next=sigmas[1:])
         return _noisy_end(grid, a=1.0, s=FLOW_END_NOISE) if ends_noisy else grid
+    if isinstance(scheduler, LCMScheduler):
+        grid = _consistency_grid(scheduler)
+        return _noisy_end(grid, **_first_levels(scheduler)) if ends_noisy else grid
     timesteps = scheduler.timesteps.cpu()
     previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alphas = scheduler.alphas_cumprod.double().cpu()
@@ -172,7 +181,20 @@ def noise_grid(scheduler: SchedulerMixin, *, ends_noisy: bool = False) -> Grid:
     final = torch.as_tensor(scheduler.final_alpha_cumprod).double().cpu()
     end = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
     grid = Grid(a=start.sqrt(), s=(1 - start).sqrt(), a_next=end.sqrt(), s_next=(1 - end).sqrt())
-    return _noisy_end(grid, a=float(alphas[0].sqrt()), s=float((1 - alphas[0]).sqrt())) if ends_noisy else grid
+    return _noisy_end(grid, **_first_levels(scheduler)) if ends_noisy else grid
+
+
+def _first_levels(scheduler: SchedulerMixin) -> dict[str, float]:
+    """Signal and noise at a VP schedule's first timestep, where there is least noise."""
+    alpha = scheduler.alphas_cumprod[0].double()
+    return {"a": float(alpha.sqrt()), "s": float((1 - alpha).sqrt())}
+
+
+def _consistency_grid(scheduler: LCMScheduler) -> Grid:
+    """From each of its timesteps to the next; from the last one to the predicted x0."""
+    levels = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.cpu()]
+    ends = torch.cat([levels[1:], levels.new_ones(1)])
+    return Grid(a=levels.sqrt(), s=(1 - levels).sqrt(), a_next=ends.sqrt(), s_next=(1 - ends).sqrt())
 
 
 def _noisy_end(grid: Grid, *, a: float, s: float) -> Grid:
@@ -209,10 +231,30 @@ def clip_range(scheduler: SchedulerMixin) -> float | None:
     return float(scheduler.config.clip_sample_range)
 
 
+def check_sampler(scheduler: SchedulerMixin, kind: SamplerKind) -> None:
+    """Refuses consistency sampling of a model that was not distilled to it, and the other way round.
+
+    Args:
+        scheduler: As returned by `training_scheduler`.
+        kind: Of the sampler.
+
+    Raises:
+        FieldError: They do not fit.
+    """
+    distilled = isinstance(scheduler, LCMScheduler)
+    if distilled and kind not in ("lcm", "ode"):
+        raise FieldError("sampler.kind", kind, "lcm or ode with LCMScheduler, the scheduler of a distilled model")
+    if kind == "lcm" and not distilled:
+        cure = "another with this model (lcm is for one with LCMScheduler, distilled to predict x0 at any step)"
+        raise FieldError("sampler.kind", kind, cure)
+
+
 def default_sampler(
     scheduler: SchedulerMixin, *, num_steps: int = 50, guidance_scale: float = 5.0, kind: SamplerKind | None = None
 ) -> SamplerConfig:
-    """The sampler that fits a pipeline's scheduler: ancestral DDIM for VP models, Flow-GRPO's SDE for flow matching.
+    """The sampler that fits a pipeline's scheduler.
+
+    Ancestral DDIM for VP models, consistency sampling for those distilled to it, Flow-GRPO's SDE for flow matching.
 
     Args:
         scheduler: The pipeline's own.
@@ -221,8 +263,9 @@ def default_sampler(
         kind: Take this kind instead; the noise level is still the model family's.
     """
     flow = is_flow_matching(scheduler)
+    fitting: SamplerKind = "flow_sde" if flow else "lcm" if isinstance(scheduler, LCMScheduler) else "ddim"
     return SamplerConfig(
-        kind=kind or ("flow_sde" if flow else "ddim"),
+        kind=kind or fitting,
         eta=0.7 if flow else 1.0,  # 0.7 is Flow-GRPO's noise level (arXiv:2505.05470)
         num_steps=num_steps,
         guidance_scale=guidance_scale,

@@ -154,7 +154,13 @@ def trace(
     """
     with recording(pipeline, denoiser, num_steps=num_steps, hollow=hollow) as steps, suppress(_StopTracing):
         pipeline(**arguments)
-    if not steps or any(not entry.calls for entry in steps):
+    idle = sum(not entry.calls for entry in steps)
+    if steps and steps[0].calls and 2 * idle >= len(steps):
+        raise UntraceableError(
+            f"{type(pipeline).__name__} steps more than one chain with each call of its denoiser, such as sound beside "
+            "a video; a policy is one chain, and the other would have no likelihood. It cannot be trained"
+        )
+    if not steps or idle:
         raise UntraceableError(
             f"{type(pipeline).__name__} does not call its denoiser before every scheduler.step; it cannot be traced"
         )
@@ -199,8 +205,11 @@ def recording(
 
 
 def step_output(latents: Tensor, options: Mapping[str, object]) -> object:
-    """What `scheduler.step` returns for these latents, in the form that its `options` ask for."""
-    return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents,)
+    """What `scheduler.step` returns for these latents, in the form that its `options` ask for.
+
+    A second entry is the predicted clean latents, which the loops of consistency models end with.
+    """
+    return SchedulerOutput(prev_sample=latents) if options.get("return_dict", True) else (latents, latents)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ A sampler is a rule for std and for the weight of the predicted noise (`directio
 |-----------|-------------------------------------------|-------|--------------------------------------------------|
 | ddim      | eta sqrt((s'^2/s^2)(1 - a^2/a'^2))        | exact | Song et al., arXiv:2010.02502, eq. 16            |
 | ddpm      | the same at eta = 1                       | exact | Ho et al., arXiv:2006.11239, eq. 7 and 11        |
+| lcm       | eta s'                                    | exact | Luo et al., arXiv:2310.04378, multistep sampling |
 | ode       | 0                                         | exact | the same at eta = 0; Euler for flow matching     |
 | cps       | s' sin(eta pi/2)                          | exact | Flow-CPS, arXiv:2509.05952                       |
 | flow_sde  | eta sqrt(s/(1-s)) sqrt(s-s')              | euler | Flow-GRPO, arXiv:2505.05470, eq. 9               |
@@ -33,8 +34,8 @@ from ddpo.sampling.schedule import Grid, PredictionType, Schedule, coefficient
 from ddpo.sampling.step_selection import StepSelection, select_steps
 from ddpo.validation import FieldError, UserError, check
 
-SamplerKind = Literal["ddim", "ddpm", "ode", "flow_sde", "dance_sde", "cps"]
-VP_ONLY: tuple[SamplerKind, ...] = ("ddim", "ddpm")
+SamplerKind = Literal["ddim", "ddpm", "lcm", "ode", "flow_sde", "dance_sde", "cps"]
+VP_ONLY: tuple[SamplerKind, ...] = ("ddim", "ddpm", "lcm")
 FLOW_ONLY: tuple[SamplerKind, ...] = ("flow_sde", "dance_sde", "cps")
 LastStep = Literal["stock", "noisy", "pretrained"]
 MEMORYLESS_FLOW_ETA = math.sqrt(2)  # sigma^2 = 2 s / (1 - s): Domingo-Enrich et al., arXiv:2409.08861, section 4
@@ -46,8 +47,8 @@ class SamplerConfig:
     """How images are sampled.
 
     Attributes:
-        kind: `ddim` for VP models, `ddpm` (ancestral sampling) for the same at eta 1; `flow_sde`, `dance_sde`, `cps`
-            for flow matching; `ode` for both, without noise.
+        kind: `ddim` for VP models, `ddpm` (ancestral sampling) for the same at eta 1, `lcm` for those that were
+            distilled to consistency; `flow_sde`, `dance_sde`, `cps` for flow matching; `ode` for both, without noise.
         num_steps: Denoising steps T.
         eta: Noise level, 0 for none, up to 1; 1 with `ddpm`. `flow_sde` may have sqrt 2, which is memoryless in the
             limit of many steps, as DDIM's 1 is.
@@ -153,6 +154,11 @@ def ddpm_std(grid: Grid, eta: float) -> Tensor:
     return ddim_std(grid, 1.0)
 
 
+def lcm_std(grid: Grid, eta: float) -> Tensor:
+    """Multistep consistency sampling's noise level, (T,): at eta 1 all noise is drawn anew on the predicted x0."""
+    return eta * grid.s_next
+
+
 def cps_std(grid: Grid, eta: float) -> Tensor:
     """Coefficients-preserving sampling's noise level, (T,)."""
     return grid.s_next * math.sin(eta * math.pi / 2)
@@ -191,6 +197,7 @@ _Rule = tuple[Callable[[Grid, float], Tensor], Callable[[Grid, Tensor], Tensor]]
 RULES: dict[SamplerKind, _Rule] = {
     "ddim": (ddim_std, exact_direction),
     "ddpm": (ddpm_std, exact_direction),
+    "lcm": (lcm_std, exact_direction),
     "ode": (ode_std, exact_direction),
     "cps": (cps_std, exact_direction),
     "flow_sde": (flow_sde_std, euler_direction),

@@ -19,6 +19,8 @@ UMT5 = {"text_encoder": "UMT5EncoderModel"}
 SHORT = {"tokenizer_max_length": 32}
 HUNYUAN15 = {"tokenizer_max_length": 140, "vision_num_semantic_tokens": 4}
 DEEP = {"base_dim": 2, "dim_mult": [1] * 6, "num_res_blocks": 0, "temperal_downsample": [False] * 5}  # of a megapixel
+EIGHTH = {"block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
+          "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
 WIDE = {"latent_channels": 16}
 I2V_WAN = {"in_channels": 4 + 2 + 4}
 
@@ -106,7 +108,7 @@ ROWS = (
     Row(pipeline="FluxKontextPipeline", group="edit", guided=None, scheduler_options=DYNAMIC),
     Row(pipeline="QwenImageEditPipeline", group="edit", size=128, vae=DEEP, scheduler_options=DYNAMIC),
     Row(pipeline="QwenImageEditPlusPipeline", group="edit", size=128, vae=DEEP, scheduler_options=DYNAMIC),
-    Row(pipeline="Kandinsky5I2IPipeline", group="edit", attributes={"resolutions": [(16, 16)]}),
+    Row(pipeline="Kandinsky5I2IPipeline", group="edit", attributes={"resolutions": [(16, 16)]}, vae=EIGHTH),
     Row(pipeline="StableDiffusionInstructPix2PixPipeline", group="edit", denoiser={"in_channels": 8}),
     Row(pipeline="StableDiffusionXLInstructPix2PixPipeline", group="edit", denoiser={**SDXL_UNET, "in_channels": 8}),
     Row(pipeline="JoyImageEditPipeline", group="edit"),

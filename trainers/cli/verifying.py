@@ -82,7 +82,7 @@ def _add_check(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--sampler",
         dest="sampler_kind",
-        choices=("ddim", "ddpm", "flow_sde", "dance_sde", "cps"),
+        choices=("ddim", "ddpm", "lcm", "flow_sde", "dance_sde", "cps"),
         help="default: what fits",
     )
     parser.add_argument("--num-steps", type=positive, default=10, help="denoising steps (default 10)")

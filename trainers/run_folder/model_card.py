@@ -118,7 +118,9 @@ def _call(policy: Policy, config: Config) -> tuple[str, list[str]]:
         return "", []
     sampler = config.evaluation_sampler
     has_eta = (
-        "eta" in takes and sampler.kind not in FLOW_ONLY and "FlowMatch" not in type(policy.pipeline.scheduler).__name__
+        "eta" in takes
+        and sampler.kind not in (*FLOW_ONLY, "lcm")
+        and "FlowMatch" not in type(policy.pipeline.scheduler).__name__
     )
     values = {
         "num_inference_steps": sampler.num_steps,

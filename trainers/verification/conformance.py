@@ -2,21 +2,24 @@
 
 The stock pipeline, with a perturbed adapter in it, is the oracle: every step's model output, every noise-free step and
 the images that come out must be what the policy computes itself; what `save` wrote must give the same images in a
-pipeline that knows nothing of the policy. Then follow the checks of the likelihood (`ddpo verify --policy`).
+pipeline that knows nothing of the policy. A scheduler that draws noise in its steps (LCM's) is given zeros for it. Then
+follow the checks of the likelihood (`ddpo verify --policy`).
 
 B is the number of prompts.
 """
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import peft
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.schedulers import scheduling_lcm
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -168,7 +171,7 @@ class Subject:
             arguments = policy.call.arguments(PROMPTS[rows], images=own, output_type="pt", generator=generator)
             with (
                 torch.no_grad(), policy.denoiser.autocast(), without_overlays(pipeline),
-                policy.call.guiding(pipeline), recording(pipeline, network) as steps,
+                policy.call.guiding(pipeline), _without_noise(), recording(pipeline, network) as steps,
             ):  # fmt: skip
                 made = pipeline(**arguments, return_dict=False)[0].float()
             loops.append(steps)
@@ -189,7 +192,27 @@ class Subject:
     def ours(self, latents: Tensor) -> Trajectory:
         """Noise-free chains from the given initial latents."""
         path = self.path  # sampled with noise, should this be the first use of it
-        return rollout(self.policy.noise_free, path.condition, path.seeds, latents=latents)
+        policy = self.policy.noise_free
+        if isinstance(policy.pipeline.scheduler, LCMScheduler):  # its step without noise is not the ODE's
+            steps = self.policy.full_noise.schedule
+            quiet = replace(steps, std=torch.zeros_like(steps.std), stochastic=torch.zeros_like(steps.stochastic))
+            policy = policy.at(quiet)
+        return rollout(policy, path.condition, path.seeds, latents=latents)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Diffusers' LCM scheduler adds zeros in place of noise, for the time of a `with` block."""
+    drawn = scheduling_lcm.randn_tensor
+
+    def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device, **_: object) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    scheduling_lcm.randn_tensor = zeros
+    try:
+        yield
+    finally:
+        scheduling_lcm.randn_tensor = drawn
 
 
 def make_subject(

@@ -48,6 +48,13 @@ def ddpm(x: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_previous: Tensor, 
     return mean, ((1 - alpha_bar_previous) / (1 - alpha_bar) * beta).sqrt()
 
 
+def lcm(x: Tensor, eps: Tensor, alpha: Tensor, alpha_previous: Tensor, eta: float) -> Step:
+    """Luo et al., arXiv:2310.04378, algorithm 3 at eta 1: the predicted x0, noised anew; less of it is new below 1."""
+    x0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    kept = (1 - eta**2) ** 0.5
+    return alpha_previous.sqrt() * x0 + kept * (1 - alpha_previous).sqrt() * eps, eta * (1 - alpha_previous).sqrt()
+
+
 def flow_sde(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> Step:
     """Flow-GRPO, arXiv:2505.05470, eq. 9 with sigma_t = a sqrt(t / (1 - t)); dt is negative, the noise has |dt|."""
     dt = t_next - t
@@ -82,6 +89,7 @@ def ddim_ode(x: Tensor, eps: Tensor, alpha: Tensor, alpha_previous: Tensor, eta:
 VP: dict[SamplerKind, tuple[Published, str]] = {
     "ddim": (ddim, "Song et al., eq. 12 and 16"),
     "ddpm": (ddpm, "Ho et al., eq. 7 and 11"),
+    "lcm": (lcm, "Luo et al., algorithm 3"),
     "ode": (ddim_ode, "Song et al., eq. 12"),
 }
 FLOW: dict[SamplerKind, tuple[Published, str]] = {
@@ -154,7 +162,7 @@ def rows(name: str, source: str, errors: list[Step], *, where: str = "every step
 
 
 def check_vp() -> Iterator[Measurement]:
-    """`ddim`, `ddpm` and `ode` at every step of Stable Diffusion's schedule, for each prediction type."""
+    """`ddim`, `ddpm`, `lcm` and `ode` at every step of Stable Diffusion's schedule, for each prediction type."""
     for kind, (formula, source) in VP.items():
         errors = []
         for to_one, prediction in ((False, "epsilon"), (True, "epsilon"), (False, "v_prediction"), (False, "sample")):

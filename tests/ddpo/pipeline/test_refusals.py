@@ -1,5 +1,7 @@
 """Pipelines that no policy can be made of, and what is said."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -109,6 +111,21 @@ class TwoTimes(StableDiffusionPipeline):
         return (latents,)
 
 
+class WithSound(StableDiffusionPipeline):
+    """Steps a second chain by a copy of its scheduler, as LTX-2 its audio."""
+
+    def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
+        embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
+        self.scheduler.set_timesteps(num_inference_steps)
+        other = copy.deepcopy(self.scheduler)
+        latents = sound = torch.randn(len(prompt), 4, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps:
+            output = self.unet(latents, t, encoder_hidden_states=embeddings).sample
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            sound = other.step(-output, t, sound, return_dict=False)[0]
+        return (latents,)
+
+
 class SkipsSteps(StableDiffusionPipeline):
     def __call__(self, prompt, *, num_inference_steps, guidance_scale, output_type, generator):
         embeddings, _ = self.encode_prompt(prompt, "cpu", 1, False)
@@ -130,6 +147,7 @@ class SkipsSteps(StableDiffusionPipeline):
         (FadingPrompt, "FadingPrompt changes encoder_hidden_states of its denoiser from step to step"),
         (FadingGuidance, "FadingGuidance guides differently at different steps"),
         (TwoTimes, r"TwoTimes makes \(1, 4, 8, 8\) of one latent where a picture is \(1, 3, H, W\)"),
+        (WithSound, "WithSound steps more than one chain with each call of its denoiser, such as sound beside a video"),
         (SkipsSteps, "SkipsSteps makes 1 steps where its scheduler has 2"),
     ],
 )
@@ -156,16 +174,25 @@ def test_a_model_of_another_family_is_refused_without_advice_that_would_make_a_w
     assert "DDIMScheduler" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("distilled", [LCMScheduler, TCDScheduler])
-def test_a_distilled_model_is_refused_and_the_named_cure_starts_at_pure_noise(distilled):
+def test_a_distilled_model_is_refused_and_the_named_cure_samples_it_from_pure_noise():
     pipeline = tiny_stable_diffusion()
-    pipeline.scheduler = distilled(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    with pytest.raises(ValueError, match=f"{distilled.__name__} samples a distilled model") as refusal:
+    pipeline.scheduler = TCDScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="TCDScheduler samples a distilled model") as refusal:
         Policy(pipeline, sampler=ODE)
-    assert 'DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")' in str(refusal.value)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    policy = Policy(pipeline, sampler=SamplerConfig(kind="ode", num_steps=4, **SIZE))
-    assert policy.schedule.model_time[0] == 999 and policy.schedule.s[0] > 0.997
+    assert "LCMScheduler.from_config(pipeline.scheduler.config)" in str(refusal.value)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    policy = Policy(pipeline, sampler=default_sampler(pipeline.scheduler, num_steps=4))
+    assert policy.sampler.kind == "lcm"
+    assert policy.schedule.model_time.tolist() == [999, 759, 499, 259]
+
+
+def test_consistency_sampling_and_models_distilled_to_it_go_together():
+    with pytest.raises(ValueError, match=r"sampler\.kind must be another with this model \(lcm is for one with LCMSch"):
+        Policy(tiny_stable_diffusion(), sampler=SamplerConfig(kind="lcm", num_steps=2, **SIZE))
+    pipeline = tiny_stable_diffusion()
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="sampler.kind must be lcm or ode with LCMScheduler"):
+        Policy(pipeline, sampler=SamplerConfig(kind="ddim", num_steps=2, **SIZE))
 
 
 def test_every_replacement_of_a_scheduler_is_said_in_one_line(caplog):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from ddpo.pipeline.scheduler import clip_range, noise_grid, prediction_type, training_scheduler
 from ddpo.sampling.prediction import predict
@@ -130,6 +130,36 @@ def test_ddpm_is_the_step_of_the_ddpm_scheduler_with_and_without_clipping(clip, 
         torch.testing.assert_close(step.sample(noise), theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_lcm_is_the_step_of_the_lcm_scheduler_but_for_its_boundary_condition(prediction):
+    """LCMScheduler blends the predicted x0 with c_skip of the state, which is 0.25 / (10 t)^2 at timestep t."""
+    stock = LCMScheduler(prediction_type=prediction)
+    assert training_scheduler(stock) is stock
+    stock.set_timesteps(T)
+    stock.alphas_cumprod = stock.alphas_cumprod.double()
+    config = SamplerConfig(kind="lcm", num_steps=T)
+    schedule = make_schedule(config, noise_grid(stock), model_time=stock.timesteps, is_flow=False, clip=None)
+    assert schedule.stochastic_steps == tuple(range(T - 1))
+    for k, t in enumerate(stock.timesteps):
+        x, output = torch.randn(2, 4, 5, dtype=torch.float64)
+        noise = torch.randn(4, 5, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        theirs = stock.step(output, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        ours = transition(schedule, k, x, output, kind=prediction_type(stock)).sample(noise)
+        c_skip = float(0.25 / (100 * t**2 + 0.25))
+        size = float(transition(schedule, k, x, output, kind=prediction_type(stock)).mean.abs().max() + x.abs().max())
+        assert float((ours - theirs).abs().max()) <= 1.01 * c_skip * size + 1e-12
+
+
+def test_lcm_ends_noisy_at_the_first_noise_level_where_that_is_asked_for():
+    stock = LCMScheduler()
+    stock.set_timesteps(T)
+    config = SamplerConfig(kind="lcm", num_steps=T, last_step="noisy")
+    grid = noise_grid(stock, ends_noisy=True)
+    schedule = make_schedule(config, grid, model_time=stock.timesteps, is_flow=False, clip=None)
+    torch.testing.assert_close(schedule.std[-1] ** 2, 1 - stock.alphas_cumprod[0].double())
+    assert schedule.direction.abs().max() == 0
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_exact_samplers_keep_the_marginals(eta):
     """direction^2 + std^2 = s'^2: with a perfect network, x' = a' x0 + s' noise in law."""
@@ -214,7 +244,7 @@ def test_ode_ignores_eta_and_equals_ddim_without_noise():
 def test_a_sampler_of_the_other_family_is_refused_with_the_ones_that_fit():
     with pytest.raises(ValueError, match="sampler.kind must be ode, flow_sde, .* a flow-matching model, got 'ddim'"):
         flow_schedule("ddim", 1.0)
-    with pytest.raises(ValueError, match="sampler.kind must be ddim, ddpm or ode with a VP model, got 'flow_sde'"):
+    with pytest.raises(ValueError, match="sampler.kind must be ddim, ddpm, lcm or ode with a VP model, got 'flow_sde'"):
         vp_schedule(1.0, kind="flow_sde")
 
 

@@ -162,7 +162,7 @@ def test_every_key_of_the_sampler_can_be_set_for_evaluations_and_null_takes_trai
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kind": "cps"}, "evaluation.sampler.kind must be ddim, ddpm or ode, as sampler.kind is ddim, got 'cps'"),
+        ({"kind": "cps"}, "evaluation.sampler.kind must be ddim, ddpm, lcm or ode, as sampler.kind is ddim, got 'cps'"),
         ({"num_steps": 0}, "evaluation.sampler.num_steps must be at least 1, at most 100,000, got 0"),
         ({"eta": 0.5, "kind": "ddpm"}, "evaluation.sampler.eta must be 1 with kind: ddpm .*, got 0.5"),
     ],
@@ -176,7 +176,7 @@ def test_an_impossible_sampler_of_evaluations_is_refused_with_its_key(keys: dict
     ("text", "message"),
     [
         ("evaluation: {sampler: {num_step: 3}}", "evaluation.sampler.num_step: unknown key (did you mean 'num"),
-        ("evaluation: {sampler: {kind: cps}}", "evaluation.sampler.kind: must be ddim, ddpm or ode, as sampler.kind"),
+        ("evaluation: {sampler: {kind: cps}}", "evaluation.sampler.kind: must be ddim, ddpm, lcm or ode, as"),
         ("sampler: {stochastic_steps: {kind: windows}}", "sampler.stochastic_steps.kind: must be all, window, ran"),
         ("sampler: {stochastic_steps: {size: 3}}", "sampler.stochastic_steps.size: must be null with kind: all"),
         (

@@ -208,7 +208,11 @@ def test_a_stopped_run_closes_its_trackers(config: Path, monkeypatch: pytest.Mon
 def test_a_start_that_fails_leaves_its_name_free(config: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["train", str(config), "--run.name", "G", "--epochs", "1"]
     for key, value, message in (
-        ("sampler.kind", "flow_sde", "error: sampler.kind must be ddim, ddpm or ode with a VP model, got 'flow_sde'\n"),
+        (
+            "sampler.kind",
+            "flow_sde",
+            "error: sampler.kind must be ddim, ddpm, lcm or ode with a VP model, got 'flow_sde'\n",
+        ),
         ("model.path", "nobody/nothing", "error: model.path must be a pipeline that can be loaded"),
         ("evaluation.sampler.num_frames", "5", "error: evaluation.sampler.num_frames must be left out with Stable"),
     ):
