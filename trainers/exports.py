@@ -45,12 +45,12 @@ def finish(session: Session, *, stopped: bool) -> None:
     write_model_card(
         partial, state.policy, state.config, epoch=epoch, samples=samples, results=table, picture=BEFORE_AFTER
     )
-    course = read_course(run)
+    course = read_course(run, state.config)
     rows = [*course.rows, *course.evaluation_rows]
     with ledger.replaced(run.path / "curves.png") as picture:
         save_curves(rows, drawn({key: None for row in rows for key in row}), picture)
     _publish(partial, run.lora)
-    report = save_report([read_subject(run.path).ended], run.path / REPORT)
+    report = save_report([read_subject(run.path, state.config).ended], run.path / REPORT)
     session.tracker.page("report", report, step=state.epoch)
     totals = after.values.get("reward")  # none where images are judged by a file
     captions = texts if totals is None else [caption(*pair) for pair in zip(texts, totals.tolist(), strict=True)]

@@ -191,7 +191,12 @@ class Arguments:
         lengths = tensors[(self.mask.name if self.mask.padded else covered) + LENGTH]
         if self.mask.when_full or int(lengths.min()) < longest:
             mask = self.rows[self.mask.name].give(ragged.prefix_mask(lengths, longest).to(self.mask.dtype))
-            given[self.mask.name] = mask.to(tensors[covered].device, non_blocking=True)
+            device = tensors[covered].device
+            given[self.mask.name] = (
+                [part.to(device, non_blocking=True) for part in mask]
+                if isinstance(mask, list)
+                else mask.to(device, non_blocking=True)
+            )
 
 
 def _alike(value: object, other: object) -> bool:

@@ -6,6 +6,7 @@ by.
 """
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -37,7 +38,7 @@ def load_single_file(file: Path, *, config: str | None, dtype: torch.dtype) -> D
     except (OSError, ValueError) as error:
         like = f"a folder of a pipeline of the same kind, with its configuration files and tokenizers; of {kind!r}"
         raise FieldError("config", config, f"{like}: {reason(error, kind, revision=None)}") from error
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    pipeline_class: Any = getattr(diffusers, str(index.get("_class_name")), None)
     if not hasattr(pipeline_class, "from_single_file"):
         raise FieldError("config", kind, f"of a pipeline that has from_single_file, not {index.get('_class_name')}")
     try:

@@ -1,18 +1,19 @@
 """What a pipeline does after its loop, looked at once: rewards are given pictures in [0, 1] and nothing else.
 
-One latent is decoded when a policy is made, then once more beside another under another prompt, other input images and
-other chance: the tail must make the same of it, since a policy decodes latents without what they were made from. A VAE
-that decodes in tiles alone is told to; what decodes no two latents at a time is found.
+One latent is decoded when a policy is made, then once more under another prompt, other input images and other chance:
+the tail must make the same of it, since a policy decodes latents without what they were made from. A VAE that decodes
+in tiles alone is told to; what decodes no two latents at a time is found.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpo.pipeline.call import BLANK
 from ddpo.pipeline.decoding import Decoder
@@ -58,12 +59,12 @@ def check_tail(decoder: Decoder, latent_shape: tuple[int, ...], *, device: torch
     with _in_tiles(decoder.pipeline):
         plain = decoded(BLANK, "black", 0)
         _check_picture(plain, name)
-        several = True
+        is_same, several = _alike(plain, decoded(PROMPT, COLOR, 1)), True
         try:
-            other = decoded(PROMPT, COLOR, 1, two)[:1]
-        except UntraceableError:  # HunyuanVideo 1.5's VAE; if it decodes not even one, that is raised here
-            several, other = False, decoded(PROMPT, COLOR, 1)
-    if _alike(plain, other):
+            decoded(BLANK, "black", 0, two)
+        except UntraceableError:  # HunyuanVideo 1.5's VAE
+            several = False
+    if is_same:
         _tile_if_needed(decoder, latents)
         return several
     with _in_tiles(decoder.pipeline):
@@ -104,16 +105,18 @@ def _tile_if_needed(decoder: Decoder, latents: Tensor) -> None:
     def stop(*_: object) -> None:
         raise _DecodesError
 
-    assert isinstance(vae, nn.Module)
+    autoencoder = cast(Any, vae)
+    dtype = autoencoder.dtype
     with ExitStack() as stack, torch.no_grad():
-        for layer in vae.children():
+        for layer in autoencoder.children():
             stack.callback(layer.register_forward_pre_hook(stop).remove)
         try:
             decoder.frames(latents)
         except _DecodesError:
-            return
+            if autoencoder.dtype != dtype:  # pipelines decode some half-precision VAEs in float32
+                autoencoder.to(dtype)
         except NotImplementedError:
-            vae.enable_tiling()
+            autoencoder.enable_tiling()
             _LOG.warning("%s decodes in tiles alone; it is set to do so", type(vae).__name__)
 
 

@@ -84,8 +84,12 @@ class Course:
         return sum(early) / len(early) if early else math.nan
 
 
-def read_course(folder: RunFolder) -> Course:
+def read_course(folder: RunFolder, config: Config | None = None) -> Course:
     """The course of a run; a row that is missing, or a damaged evaluation record, is left out.
+
+    Args:
+        folder: Of the run.
+        config: Of the run; None reads it from the folder.
 
     Raises:
         RunError: It has no metrics, or they are damaged.
@@ -97,7 +101,8 @@ def read_course(folder: RunFolder) -> Course:
             record = json.loads(folder.evaluation(epoch).with_suffix(".json").read_text(encoding="utf-8"))
             if isinstance(record, dict):
                 records.append(record)
-    return Course(config=load_config(folder.config_file), rows=read_metrics(folder.path), evaluations=records)
+    config = load_config(folder.config_file) if config is None else config
+    return Course(config=config, rows=read_metrics(folder.path), evaluations=records)
 
 
 def rise(values: Sequence[float]) -> tuple[float, float]:

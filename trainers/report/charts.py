@@ -45,7 +45,7 @@ class Line:
     ) -> "Line":
         """A curve and one standard error to either side; an error of NaN counts as none."""
         sizes = np.nan_to_num(np.asarray(errors, dtype=np.float64))
-        band = (np.asarray(y) - sizes, np.asarray(y) + sizes)
+        band = ((np.asarray(y) - sizes).tolist(), (np.asarray(y) + sizes).tolist())
         return cls(label=label, colour=colour, x=x, y=y, bands=[band] if sizes.any() else [])
 
 

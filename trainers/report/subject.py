@@ -81,8 +81,12 @@ class Subject:
         return None if values is None or self.captions is None else Measure.of(values, self.captions)
 
 
-def read_subject(run: Path) -> Subject:
+def read_subject(run: Path, config: Config | None = None) -> Subject:
     """Reads a run folder; damaged evaluations are left out.
+
+    Args:
+        run: The folder.
+        config: Of the run; None reads it from the folder.
 
     Raises:
         RunError: It is none, or its metrics are damaged.
@@ -94,7 +98,7 @@ def read_subject(run: Path) -> Subject:
         with suppress(RunError):
             values[epoch] = read_values(folder.evaluated(epoch))
     captions = read_captions(folder.evaluation(min(values))) if values else None
-    course = read_course(folder)
+    course = read_course(folder, config)
     return Subject(
         folder=folder,
         summary=list_runs(run)[0],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import trainers.config.io as config_io
 import trainers.epoch.binding
 import trainers.evaluating
 import trainers.loop
@@ -96,13 +97,8 @@ def test_a_resume_reads_the_configuration_once_and_plans_once_before_and_once_af
 ) -> None:
     run = start(config, "--epochs", "1")
     reads, plans, refusals = [], [], []
-    read_text, make_plan, refuse_objects = Path.read_text, plan.make_plan, resume_module.refuse_objects
-
-    def counted(path, *arguments, **options):  # type: ignore[no-untyped-def]
-        reads.extend([path] if path.name == "config.yaml" else [])
-        return read_text(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "read_text", counted)
+    read, make_plan, refuse_objects = config_io._read, plan.make_plan, resume_module.refuse_objects
+    monkeypatch.setattr(config_io, "_read", lambda file: reads.append(file) or read(file))
     for module in (plan, trainers.session):
         monkeypatch.setattr(module, "make_plan", lambda *a, **k: plans.append(0) or make_plan(*a, **k))
     monkeypatch.setattr(resume_module, "refuse_objects", lambda path: refusals.append(0) or refuse_objects(path))
