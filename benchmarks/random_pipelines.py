@@ -49,11 +49,9 @@ def _vae(architecture: Architecture, **scaling: float) -> AutoencoderKL:
     return AutoencoderKL(**architecture.vae, **scaling)
 
 
-def stable_diffusion(device: str) -> DiffusionPipeline:
-    """Stable Diffusion 1.5: a UNet of 860 M parameters, 512 pixels."""
-    with torch.device(device):
-        vae, text_encoder = _vae(STABLE_DIFFUSION), CLIPTextModel(_text_config(CLIP_L))
-        unet = UNet2DConditionModel(**STABLE_DIFFUSION.denoiser)
+def _stable_diffusion(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -64,6 +62,14 @@ def stable_diffusion(device: str) -> DiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def stable_diffusion(device: str) -> DiffusionPipeline:
+    """Stable Diffusion 1.5: a UNet of 860 M parameters, 512 pixels."""
+    with torch.device(device):
+        vae, text_encoder = _vae(STABLE_DIFFUSION), CLIPTextModel(_text_config(CLIP_L))
+        unet = UNet2DConditionModel(**STABLE_DIFFUSION.denoiser)
+    return _stable_diffusion(vae, text_encoder, unet)
 
 
 def stable_diffusion_xl(device: str) -> DiffusionPipeline:
@@ -125,16 +131,7 @@ def small_stable_diffusion(channels: tuple[int, int]) -> DiffusionPipeline:
         sample_size=32,
     )
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(_text_config(text)),
-        tokenizer=_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(**ALPHAS, clip_sample=False, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _stable_diffusion(vae, CLIPTextModel(_text_config(text)), unet)
 
 
 BUILDERS: dict[str, Callable[[str], DiffusionPipeline]] = {
