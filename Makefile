@@ -1,14 +1,15 @@
 # make demo    fine-tune the embedded pipeline and show the result (about 3 minutes of training on 2 cores)
 # make test    format, lint, types, spelling and all tests
 # make lint    the first four of these
-# make clean   remove .venv and caches (runs/ stays)
+# make docs    build the documentation site, site/index.html; offline once its tools are installed
+# make clean   remove .venv, site and caches (runs/ stays)
 #
 # PYTHON=/path/to/python chooses the interpreter; otherwise the first Python >= 3.11 found makes .venv.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test lint docs install install-dev install-docs clean
 
 # Spinning OpenMP threads of several processes on the same cores slow each other down many times over.
 export OMP_WAIT_POLICY := PASSIVE
@@ -31,8 +32,14 @@ lint: install-dev
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+# A page that is missing, a link or an anchor that leads nowhere, or a docstring that is not found ends it.
+docs: install-docs
+	$(BIN)/zensical build --clean --strict --config-file mkdocs.yml
+	@echo "open site/index.html"
+
 install: .venv/installed
 install-dev: .venv/installed-dev
+install-docs: .venv/installed-docs
 
 .venv/bin/python:
 	@python="$(PYTHON)"; \
@@ -53,10 +60,14 @@ install-dev: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@touch .venv/installed $@
+	@touch .venv/installed .venv/installed-docs $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -326,12 +326,23 @@ class Policy:
         return Outputs(*self.denoiser.branches(x, time, condition, self.rule))
 
     def prediction(self, k: int | Tensor, x: Tensor, outputs: Outputs) -> Prediction:
-        """What the network's outputs on the latents x at step k stand for, after guidance."""
+        """What the network's outputs stand for, after guidance.
+
+        Args:
+            k: Step index, an int or (B,) int64.
+            x: The latents that the network was given, (B, *latent).
+            outputs: Of `outputs(k, x, condition)`.
+        """
         output = self.rule.combine(outputs.negative, outputs.positive, self.sampler.guidance_scale)
         return predicted(self.schedule, k, x, output, kind=self.kind)
 
     def distribution(self, k: int | Tensor, prediction: Prediction) -> Gaussian:
-        """The distribution of the latents after step k, of what was predicted before it."""
+        """The distribution of the latents after a step.
+
+        Args:
+            k: Step index, an int or (B,) int64.
+            prediction: What was predicted before the step, (B, *latent) each.
+        """
         return step(self.schedule, k, prediction)
 
     def network_output(self, k: int | Tensor, prediction: Prediction) -> Tensor:
@@ -437,6 +448,9 @@ class Policy:
 
         Each row comes from the stream of its own seed on the CPU, so that a sample depends on its seed alone; in the
         order of the steps, so that the prior does not depend on their number. That of `~seed` is the negated one.
+
+        Args:
+            seeds: (B,) int64, as of `sample_seeds`.
         """
         noise = torch.empty(len(seeds), self.schedule.num_steps + 1, *self.latent_shape)
         fill_noise(noise, seeds)
@@ -461,7 +475,11 @@ class Policy:
         return self._view.wiring.decoder(latents, with_gradient=with_gradient)
 
     def decode_frames(self, latents: Tensor) -> Tensor:
-        """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images."""
+        """All frames of final latents, (B, F, 3, H, W) float32 in [0, 1]; F is 1 for images.
+
+        Args:
+            latents: (B, *latent).
+        """
         frames = self._view.wiring.decoder.frames(latents)
         return frames if frames.ndim == 5 else frames[:, None]
 
@@ -501,7 +519,11 @@ class Policy:
         save_weights(self.pipeline, self.name, self.denoiser.module, folder, trained, adapter=self.adapter)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """The weights that `save` wrote, for all of `trainable()`: see `ddpo.weights.export.read_weights`."""
+        """The weights that `save` wrote, for all of `trainable()`: see `ddpo.weights.export.read_weights`.
+
+        Args:
+            folder: What `save` was given.
+        """
         assert self.adapter is not None, "something is trained"
         return read_weights(self.pipeline, self.name, folder, self.trainable(), adapter=self.adapter)
 

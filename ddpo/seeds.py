@@ -47,6 +47,12 @@ def sample_seeds(run_seed: int, epoch: int, indices: Sequence[int], *, purpose: 
 
     The hash is a SplitMix64 step (Steele et al., OOPSLA 2014) per coordinate. Seeds of different purposes differ; two
     of n of the same purpose are equal with probability n^2 / 2^61, 5e-7 for a million.
+
+    Args:
+        run_seed: Of the run; its low 64 bits count.
+        epoch: Finished epochs.
+        indices: Places in the epoch, over all processes.
+        purpose: What the noise is for.
     """
     base = _mix(_mix(run_seed & _MASK) ^ (epoch & _MASK))
     hashed = [_mix(base ^ _mix(index)) for index in indices]

@@ -88,7 +88,13 @@ class DescribedReward(ABC):
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor | dict[str, Tensor]:
-        """Scores; see `rewards.base`."""
+        """Scores of images, `(B,)`, or a dictionary of these with the key `score`.
+
+        Args:
+            images: `(B, 3, H, W)` floating point in [0, 1]; not to be changed in place.
+            prompts: The `B` prompts.
+            metadata: `B` dictionaries, empty where the prompt source gives none.
+        """
 
 
 def described(reward: Reward) -> Reward:

@@ -82,6 +82,12 @@ class Prompt:
 def load_prompts(config: PromptConfig) -> list[Prompt]:
     """Reads all prompts of a source.
 
+    Args:
+        config: The source, and which of its entries to take.
+
+    Returns:
+        At least one prompt, in the order of the source.
+
     Raises:
         PromptError: The source is missing, empty or malformed; the message names it, and the line or entry.
     """

@@ -235,7 +235,12 @@ class Objective(Protocol[Batch]):
         """
 
     def losses(self, models: Models, batch: Batch) -> Iterator[Loss]:
-        """The losses of a micro-batch, each of all its units or of some; graphs may be freed after each."""
+        """The losses of a micro-batch, each of all its units or of some; graphs may be freed after each.
+
+        Args:
+            models: What is trained, and what it is compared with.
+            batch: What `gather` returned.
+        """
 
 
 class Surveying(Protocol[Surveyed]):

@@ -24,7 +24,11 @@ class Gaussian:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """`mean + std * noise`, with standard normal noise of shape (B, *latent)."""
+        """`mean + std * noise`, (B, *latent).
+
+        Args:
+            noise: Standard normal numbers, (B, *latent).
+        """
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -34,6 +38,9 @@ class Gaussian:
 
         Float64, because policies are told apart by differences of it: it grows with D, to a million nats for a video,
         where neighbouring float32 numbers are a tenth of a nat apart.
+
+        Args:
+            x: Next latents, (B, *latent).
         """
         dims, std = self.mean[0].numel(), self._row_std().double()
         squared = (x - self.mean).flatten(1).square().sum(1, dtype=torch.float64)
@@ -48,6 +55,9 @@ class Gaussian:
         """KL(self || other), (B,), in nats. Valid only where both share std > 0, as a policy and its reference do.
 
         KL = ||mean - mean_other||^2 / (2 std^2)
+
+        Args:
+            other: As many Gaussians, of the same std.
         """
         return 0.5 * ((self.mean - other.mean) / self.std).flatten(1).square().sum(1)
 

@@ -15,7 +15,12 @@ from ddpo.validation import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The clean latents and the noise that a denoiser sees in x, both (B, *latent)."""
+    """What a denoiser sees in noisy latents x = a x0 + s eps.
+
+    Attributes:
+        x0: The clean latents, (B, *latent).
+        eps: The noise, (B, *latent).
+    """
 
     x0: Tensor
     eps: Tensor

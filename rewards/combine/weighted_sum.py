@@ -235,7 +235,20 @@ class WeightedSum:
         epoch: int = 0,
         gradient: bool = False,
     ) -> Scores:
-        """The raw `components` of some images and their `total` at an epoch, by the scales of the last `update`."""
+        """The raw `components` of some images and their `total` at an epoch, by the scales of the last `update`.
+
+        Args:
+            images: `(B, 3, H, W)` floating point in [0, 1].
+            prompts: The `B` prompts.
+            metadata: `B` dictionaries.
+            groups: `B` ids, equal for images that a groupwise reward compares; by equal prompts when None.
+            epoch: Finished epochs, for weights with a schedule.
+            gradient: Whether to keep the graph, as for `components`.
+
+        Raises:
+            ValueError: As for `components`.
+            RewardError: As for `components`.
+        """
         scored = self.components(images, prompts, metadata, groups, gradient=gradient)
         return Scores(total=self.total(scored, prompts, epoch=epoch), components=scored)
 

@@ -128,7 +128,15 @@ def config_of(keys: Mapping[str, object]) -> Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration: `ConfigFile.read(path).config(overrides)`."""
+    """Reads a configuration: `ConfigFile.read(path).config(overrides)`.
+
+    Args:
+        path: A YAML file, with or without its suffix, or the name of a shipped configuration.
+        overrides: Words of the command line, e.g. `["--epochs", "5", "--sampler.num_steps", "20"]`.
+
+    Raises:
+        ConfigError: No such file, or one line per problem in it.
+    """
     return ConfigFile.read(path).config(overrides)
 
 

@@ -9,7 +9,14 @@ from trainers.run_folder.folder import RunFolder
 
 
 def examine(run: Path) -> list[Finding]:
-    """What there is to say of a run folder, as `verdicts`."""
+    """What there is to say of a run, finished or running, the worst first; a single `fine` where nothing is found.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        RunError: The folder holds no run.
+    """
     return verdicts(read_course(RunFolder.open(run)))
 
 

@@ -60,19 +60,42 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers by name; a `/` in a name groups it."""
+        """Numbers by name.
+
+        Args:
+            metrics: Numbers; a `/` in a name groups it.
+            step: The epoch.
+        """
 
     @abstractmethod
     def images(self, key: str, pictures: Sequence[Picture], step: int) -> None:
-        """Pictures that show the same thing at later steps."""
+        """Pictures that show the same thing at later steps.
+
+        Args:
+            key: Their name, the same at every step.
+            pictures: With their captions.
+            step: The epoch.
+        """
 
     @abstractmethod
     def histogram(self, key: str, values: Sequence[float], step: int) -> None:
-        """The distribution of finite values."""
+        """A distribution.
+
+        Args:
+            key: Its name, the same at every step.
+            values: Finite.
+            step: The epoch.
+        """
 
     @abstractmethod
     def page(self, key: str, file: Path, step: int) -> None:
-        """A page of HTML that needs nothing else; dropped where a tracker shows none."""
+        """A page of HTML that needs nothing else; dropped where a tracker shows none.
+
+        Args:
+            key: Its name.
+            file: The page.
+            step: The epoch.
+        """
 
     @abstractmethod
     def identity(self) -> Identity:
