@@ -186,7 +186,7 @@ def test_the_description_reads_as_a_table():
         "training      5 of 10 stochastic steps per image; 2 updates x 1 inner epoch, per image and update: 3 + 2",
         "an update     408 + 272 stochastic steps per process",
         "              in 4 + 3 micro-batches of 128 per process",
-        "denoiser rows 8,322 per epoch = 5,440 sampling + 2,720 training + 162 reference",
+        "denoiser rows up to 8,322 per epoch = 5,440 sampling + 2,720 training + 162 reference",
         "run           3 epochs, 6 optimizer steps, 816 images",
     ]
     timed = make_plan(dataclasses.replace(config, max_minutes=2.5), num_processes=2, num_stochastic=10).describe()
