@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
+from PIL import ImageOps
 from torch import Tensor
 
 from ddpo.pipeline.call import Batch, PipelineCall, read_call
 from ddpo.pipeline.denoiser import Denoiser
 from ddpo.pipeline.guidance import GuidanceRule, find_rules, rounding
-from ddpo.pipeline.input_images import probe_images
+from ddpo.pipeline.input_images import Inputs, probe_inputs
+from ddpo.pipeline.posterior import posterior_means
 from ddpo.pipeline.probes import PROBE_PROMPTS, Probes, differing, probe
 from ddpo.pipeline.scheduler import check_sampler, clip_range, noise_grid, prediction_type
 from ddpo.pipeline.tracing import Step, UntraceableError, trace
@@ -162,8 +163,15 @@ def _confirmed(
 
 
 def _check_chance(pipeline: DiffusionPipeline, module: ModelMixin, call: PipelineCall, one: Step) -> None:
-    """Refuses a pipeline that draws more than its initial latents: what is encoded is the same for all samples."""
-    images = probe_images(1, call.image_size) if call.image_size else None
+    """Refuses a pipeline that draws more than its initial latents, or that draws these around an image."""
+    images = probe_inputs(call.inputs, 1, call.image_size) if call.image_size else None
+    if call.image_size:
+        turned = [{name: ImageOps.flip(image) for name, image in inputs.items()} for inputs in images or ()]
+        (seen,) = recorded_steps(pipeline, module, call, PROBE_PROMPTS[:1], turned, num_steps=1)
+        if not torch.equal(seen.sample, one.sample):
+            raise UntraceableError(
+                f"{type(pipeline).__name__} starts from an image with noise on it; a policy starts from noise"
+            )
     (other,) = recorded_steps(pipeline, module, call, PROBE_PROMPTS[:1], images, num_steps=1, seed=1)
     drawn = [*dict.fromkeys(differing(one, other))]
     if drawn:
@@ -178,7 +186,7 @@ def recorded_steps(
     module: ModelMixin,
     call: PipelineCall,
     prompts: Sequence[str],
-    images: Sequence[Image] | None,
+    images: Sequence[Inputs] | None,
     *,
     num_steps: int | None = None,
     hollow: bool = True,
@@ -188,7 +196,7 @@ def recorded_steps(
     generator = torch.Generator().manual_seed(seed)
     output = "pt" if pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
     arguments = call.arguments(prompts, images=images, output_type=output, generator=generator)
-    with torch.no_grad(), call.guiding(pipeline):
+    with torch.no_grad(), call.guiding(pipeline), posterior_means(pipeline):
         return trace(pipeline, module, arguments, num_steps=num_steps, hollow=hollow)
 
 

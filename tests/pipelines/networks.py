@@ -119,7 +119,6 @@ DENOISERS: dict[str, dict[str, object]] = {
     "ErnieImageTransformer2DModel": {"in_channels": PACKED_CHANNELS, "out_channels": PACKED_CHANNELS},
     "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
                                  "axes_dims": [4, 4, 8], "axes_lens": [1024, 64, 64]},
-    "JoyImageEditTransformer3DModel": {"rope_dim_list": [4, 4, 8]},
     "DiTTransformer2DModel": {**LEARNED_VARIANCE, "sample_size": 8, "num_embeds_ada_norm": 10},
     "AuraFlowTransformer2DModel": {"caption_projection_dim": HIDDEN, "pos_embed_max_size": 256},
 }  # fmt: skip
