@@ -23,6 +23,7 @@ from ddpo.pipeline.tracing import Step, UntraceableError, trace
 from ddpo.sampling.samplers import SamplerConfig, make_schedule
 from ddpo.sampling.schedule import PredictionType, Schedule
 from ddpo.trajectory import Condition
+from ddpo.validation import UserError
 
 _LOG = logging.getLogger(__name__)
 BATCH_ROUNDING = 32  # how much more than a repeated call a batch may differ from its rows alone
@@ -75,7 +76,7 @@ def read_pipeline(
         _check_chance(pipeline, denoiser.module, call, probes.one)
     steps = probes.steps
     kind = prediction_type(pipeline.scheduler)
-    times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
+    times = torch.stack([step.calls[0].timestep.amax() for step in steps])
 
     def schedule(sampler: SamplerConfig) -> Schedule:
         scheduler = pipeline.scheduler
@@ -228,7 +229,10 @@ def _probe(
         for with_images in (True, False):
             if not with_images and call.image_size is None:
                 continue
-            shape = call if with_images else read_call(pipeline, module, sampler, no_images=str(first))
+            try:
+                shape = call if with_images else read_call(pipeline, module, sampler, no_images=str(first))
+            except UserError:  # it takes images alone
+                continue
             for negative in (False, True) if _may_need_negative(pipeline, shape) else (False,):
                 way = replace(shape, batch=batch, negative=negative)
                 try:

@@ -40,7 +40,8 @@ class Row:
         classes: Classes of text encoders and VAEs that annotations leave open, by parameter.
         scheduler: Class of the scheduler where it is another.
         scheduler_options: Of the scheduler.
-        attributes: Numbers that the constructor leaves on the pipeline, where they are large.
+        attributes: Numbers that constructors leave on the pipeline, or on a part of it (`vae.kernel`), where they are
+            large.
         second: Whether `transformer_2` is given.
         name: For the table; the class without `Pipeline` if empty.
     """
@@ -112,8 +113,9 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
             parts[name] = None
     missing = [name for name, p in parameters.items() if name not in parts and p.default is inspect.Parameter.empty]
     pipeline: DiffusionPipeline = known(**parts, **dict.fromkeys(missing))
-    for name, value in row.attributes.items():
-        setattr(pipeline, name, value)
+    for place, value in row.attributes.items():
+        part, _, name = place.rpartition(".")
+        setattr(getattr(pipeline, part) if part else pipeline, name, value)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
