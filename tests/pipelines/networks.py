@@ -191,8 +191,13 @@ def build(name: str, more: dict[str, object], *, is_vae: bool = False) -> nn.Mod
     if "out_channels" not in parameters:
         wanted.pop("out_channels", None)
     made: nn.Module = network(**wanted)
-    with torch.no_grad():  # some start at zero, and then no output depends on anything
-        for parameter in made.parameters() if not is_vae else ():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return made.eval()
+    return (made if is_vae else shaken(made)).eval()
+
+
+@torch.no_grad()
+def shaken(network: nn.Module) -> nn.Module:
+    """A network with noise for its zeros: some start so, and then no output depends on anything."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=0.02)
+    return network
