@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModelMixin
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 
 from ddpo.pipeline.foreign_inputs import check_inputs
 from ddpo.pipeline.input_images import DEFAULT_SIDE, INPUT_NAMES, MASK, Inputs
@@ -165,8 +165,16 @@ def read_call(
         inputs=inputs,
         no_images=no_images or f"{name} takes no image",
     )
-    size = (sampler.width or DEFAULT_SIDE, sampler.height or DEFAULT_SIDE)
+    side = _own_side(pipeline, denoiser)
+    size = (sampler.width or side, sampler.height or side)
     return _with_images(call, parameters, size) if inputs else call
+
+
+def _own_side(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> int:
+    """Pixels of a square picture where the sampler does not say: what a UNet is made for."""
+    side = denoiser.config.get("sample_size")
+    is_unet = isinstance(denoiser, UNet2DConditionModel) and isinstance(side, int)
+    return side * pipeline.vae_scale_factor if is_unet and hasattr(pipeline, "vae_scale_factor") else DEFAULT_SIDE
 
 
 def _with_images(

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ddpo.pipeline.call import PipelineCall
 from ddpo.pipeline.foreign_inputs import more_inputs
-from ddpo.pipeline.input_images import Inputs, probe_inputs
+from ddpo.pipeline.input_images import IMAGE, Inputs, probe_inputs
 from ddpo.pipeline.latent_place import BESIDE, find_place
 from ddpo.pipeline.nested import same
 from ddpo.pipeline.tracing import Step, UntraceableError, first_line
@@ -82,7 +82,8 @@ def probe(pipeline: DiffusionPipeline, denoiser: ModelMixin, call: PipelineCall,
     except (UntraceableError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the pipeline's own code raises, it cannot be called like this
-        given = f"prompts, {', '.join(call.inputs)} for each, and noise" if call.inputs else "prompts and noise alone"
+        inputs = "an image" if call.inputs == (IMAGE,) else " and ".join(call.inputs)
+        given = f"prompts, {inputs} for each, and noise" if inputs else "prompts and noise alone"
         sizes = [str(call.fixed[side]) for side in ("width", "height") if side in call.fixed]
         size = f" at {'x'.join(sizes)} pixels" if sizes else ""
         raise UntraceableError(
