@@ -298,7 +298,7 @@ def test_what_only_the_loaded_pipeline_will_tell_is_called_an_upper_bound(tmp_pa
     assert "denoiser rows up to " in text
     assert "training      9 of 15 stochastic steps" in text, "all but the last step of a flow have noise"
     (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
-    local = dataclasses.replace(flux, model=ModelConfig(path=str(tmp_path)))
+    local = dataclasses.replace(flux, model=dataclasses.replace(flux.model, path=str(tmp_path)))
     assert expected_plan(local, num_processes=8) == expected_plan(flux, num_processes=8)
     text = expected_plan(a_config(steps=10, kl=0.1), num_processes=1).describe()
     assert "training      up to 10 of 10 stochastic steps" in text
