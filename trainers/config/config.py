@@ -384,8 +384,12 @@ class Config:
 
         It is where the samples' worth has it, or where something follows it.
         """
-        fixed = isinstance(self.kl, FixedKL) and all(bound.reward != KL_NAME for bound in self.constraints)
-        return self.weighs_kl and (self.demand.likelihood or not fixed)
+        return self.weighs_kl and (self.demand.likelihood or self.follows_kl)
+
+    @property
+    def follows_kl(self) -> bool:
+        """Whether an adaptive weight or a constraint follows the KL: no step is then estimated from a few samples."""
+        return not isinstance(self.kl, FixedKL) or any(bound.reward == KL_NAME for bound in self.constraints)
 
     @property
     def _compares_samples(self) -> bool:

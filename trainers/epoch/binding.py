@@ -85,6 +85,7 @@ def online(
         plan=plan,
         predict_at=config.shaping.steps,
         kl_of_all=config.measures_kl,
+        follows_kl=config.follows_kl,
         group_noise="shared" if config.demand.same_start else config.batch.group_noise,
         steering=_steering(state, threads),
         keep_on=config.batch.trajectories,

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ddpo.objectives import Demand
-from ddpo.path_kl import count_sites
+from ddpo.path_kl import SHARE, count_sites
 from ddpo.sampling.samplers import FLOW_ONLY, SamplerConfig
 from ddpo.sampling.step_selection import StepSelection
 from ddpo.validation import UserError
@@ -352,15 +352,16 @@ def _finds_reference_anew(config: Config) -> bool:
 def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: int) -> int:
     """Those of every sampled decision where all are measured, else of a few sites; and those that prepare an epoch.
 
-    Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each. Steered
-    samples have none.
+    Steps that epochs leave to the ODE have a few sites too, or all where something follows the KL; their KL with full
+    noise takes two rows each. Steered samples have none.
     """
     samples, sampler = config.batch.samples_per_epoch, config.sampler
     if config.offline:
         return 0
-    everything = replace(sampler, stochastic_steps=StepSelection()).max_stochastic_steps
-    hidden = everything - num_stochastic if sampler.stochastic_steps != StepSelection() else 0
-    full_noise = 2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden) if hidden else 0
+    hidden, share = steps_outside_windows(config, num_stochastic), 1.0 if config.follows_kl else SHARE
+    full_noise = (
+        2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden, share=share) if hidden else 0
+    )
     prepare = config.demand.prepare
     preparing = 0 if prepare is None else samples * prepare.rows(sampler.num_steps) * branches
     if config.steer is not None:
@@ -369,6 +370,12 @@ def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: in
         return (samples * num_stochastic + full_noise) * branches + preparing
     own = count_sites(samples, num_steps=sampler.num_steps, num_stochastic=num_stochastic)
     return (own + full_noise) * branches + preparing
+
+
+def steps_outside_windows(config: Config, num_stochastic: int) -> int:
+    """How many steps an epoch leaves to the ODE that have noise under the sampler's full noise."""
+    everything = replace(config.sampler, stochastic_steps=StepSelection()).max_stochastic_steps
+    return everything - num_stochastic if config.sampler.stochastic_steps != StepSelection() else 0
 
 
 def _check_updates(demand: Demand, units: int, num_stochastic: int) -> None:

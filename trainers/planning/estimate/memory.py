@@ -25,7 +25,7 @@ from trainers.parallel.sharding import blocks
 from trainers.planning.estimate.accounting import Cost, CudaKernels, account
 from trainers.planning.estimate.blueprint import Blueprint, Inputs, Latents
 from trainers.planning.estimate.critic import CriticCost, critic_cost
-from trainers.planning.plan import BatchPlan
+from trainers.planning.plan import BatchPlan, steps_outside_windows
 
 FLOAT32 = 4
 NOTHING = Cost(peak=0, flops=0)
@@ -397,7 +397,8 @@ def _kept_states(config: Config, plan: BatchPlan) -> int:
     prepare = config.demand.prepare
     made = 0 if prepare is None else prepare.kept_states(plan.num_stochastic)
     means = plan.num_stochastic * (config.demand.means + plan.keeps_reference)
-    return states + means + made + _contests(config, plan)
+    visits = 2 * steps_outside_windows(config, plan.num_stochastic) if config.follows_kl else 0
+    return states + means + made + visits + _contests(config, plan)
 
 
 def _decodes(config: Config) -> bool:
