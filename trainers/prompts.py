@@ -23,6 +23,7 @@ import numpy as np
 from ddpo.pipeline.input_images import InputImageError, check_image, identities, sources
 from ddpo.seeds import Purpose, one_seed, stream
 from ddpo.validation import check, misfit
+from trainers.metadata import unsendable
 from trainers.prompt_files import SUFFIXES, Entries, PromptError, is_file_name, open_dataset, read_file
 from trainers.shipped_configs import PROMPTS
 
@@ -67,11 +68,19 @@ class Prompt:
 
     Attributes:
         text: What the pipeline is given.
-        metadata: What rewards are given besides.
+        metadata: What rewards are given besides; numbers, at any depth, are finite.
+
+    Raises:
+        PromptError: A number of the metadata is not finite.
     """
 
     text: str
     metadata: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, value in self.metadata.items():
+            if (wrong := unsendable(value)) is not None:
+                raise PromptError(f"{key!r} {wrong}")
 
     @cached_property
     def group(self) -> str:
@@ -233,7 +242,7 @@ def to_prompt(entry: object, *, where: str, column: str = "prompt", folder: Path
         folder: Where relative paths of images start.
 
     Raises:
-        PromptError: It is something else, has no text, or an image that cannot be read.
+        PromptError: It is something else, has no text, a number that is not finite, or an image that cannot be read.
     """
     if isinstance(entry, str):
         entry = {column: entry}
@@ -254,7 +263,10 @@ def to_prompt(entry: object, *, where: str, column: str = "prompt", folder: Path
             raise PromptError(f"{where}: {key!r} must be text without {wrong}")
     for name, source in sources(metadata).items():
         metadata[name] = _input_image(source, where=f"{where}: {name!r}", folder=folder)
-    return Prompt(text=text, metadata=metadata)
+    try:
+        return Prompt(text=text, metadata=metadata)
+    except PromptError as error:
+        raise PromptError(f"{where}: {error}") from error
 
 
 def _input_image(source: object, *, where: str, folder: Path) -> object:

@@ -104,6 +104,8 @@ class Demand:
         decodes: Images of a unit that are decoded and scored with a graph.
         recomputed: Whether a chain's steps are computed again one by one in the backward pass, so that the activations
             of one alone are alive at a time.
+        spares: Whether samples may have no gradient at all, as the objective can tell before an epoch's first update
+            (`Sparing`): they are then not trained on.
         varies: Whether how often a unit calls the network is drawn: not with a network that is split over processes.
         old_policy: Decay of the average of weights that counts as the old policy, after n epochs in which it was
             updated; None where there is none.
@@ -148,6 +150,7 @@ class Demand:
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps
     decodes: int = 0
     recomputed: bool = False
+    spares: bool = False
     varies: bool = False
     old_policy: Callable[[int], float] | None = None
     prepare: Prepare | None = None
@@ -246,6 +249,13 @@ class Surveying(Protocol[Surveyed]):
 
     def survey(self, models: Models, batch: Surveyed) -> Tensor:
         """What is measured of each unit of a micro-batch, (N,)."""
+
+
+class Sparing(Protocol):
+    """An objective that knows samples on which no work needs to be done."""
+
+    def idle(self, experience: Experience) -> Tensor:
+        """Of which samples no unit has a gradient in any update, (B,) bool on their device."""
 
 
 class ObjectiveConfig(Protocol):

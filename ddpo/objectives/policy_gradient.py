@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ddpo.objectives.base import Demand, Loss, Models
@@ -149,6 +150,7 @@ class PolicyGradientConfig:
                 keep=Keep.ALL,
                 means=masked or self.ratio == "guard",
                 reference_means=True,
+                spares=True,
                 joint_ratio=self.ratio == "joint" and not self.is_on_policy,
             ),
             surrogate=surrogate,
@@ -235,6 +237,12 @@ class PolicyGradient:
             weights=noise_weights(path.schedule, steps) if self.by_noise else None,
             condition=path.condition.index(rows).to(device),
         )
+
+    def idle(self, experience: Experience) -> Tensor:
+        """Those without advantage at any step, as all of a group of equal scores; none where the KL has a weight."""
+        if experience.penalised:
+            return torch.zeros_like(experience.kl_weight, dtype=torch.bool)
+        return (experience.advantages == 0).all(dim=1)
 
     def losses(self, models: Models, batch: Transitions) -> Iterator[Loss]:
         """The surrogate, and the KL penalty where it has a weight."""

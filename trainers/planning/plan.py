@@ -286,7 +286,7 @@ def make_plan(
         reference_rows=reference_rows + training_rows * frozen_passes,
         frozen_passes=frozen_passes,
         keeps_reference=keeps_reference,
-        rows_known=not demand.varies and config.steer is None,
+        rows_known=not demand.varies and config.steer is None and (config.weighs_kl or not demand.spares),
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
     )
