@@ -94,6 +94,7 @@ def online(
         processes=processes,
         progress=progress,
         reader=None if values is None else values.reader,
+        videos=state.reward.scores_videos,
     )
     rules = CreditRules(
         reward=state.reward,

@@ -44,7 +44,7 @@ class Decoded:
 
     Attributes:
         latents: (B, *latent).
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, 3, H, W), or (B, F, 3, H, W) where rewards are given all frames, in [0, 1].
     """
 
     latents: Tensor
@@ -91,6 +91,7 @@ class Sampler:
         processes: Who shares the epoch.
         progress: Shows the batches.
         reader: Reads the denoiser's features; None for no features.
+        videos: Whether rewards are given all frames.
     """
 
     policy: Policy
@@ -108,6 +109,7 @@ class Sampler:
     processes: Processes
     progress: Progress
     reader: FeatureReader | None = None
+    videos: bool = False
 
     def __call__(self, prompts: Sequence[Prompt], *, epoch: int, clock: Stopwatch) -> Iterator[SampledBatch]:
         """Samples this process's part of an epoch.
@@ -184,8 +186,9 @@ class Sampler:
                     for c, j in self.contests:
                         predicted[c, j] = predicted_clean(policy, path, step=c, contender=j)
         with clock("decode"):
+            decode = policy.decode_frames if self.videos else policy.decode
             final, *others = (
-                Decoded(latents=latents, images=policy.decode(latents)) for latents in (path.final, *predicted.values())
+                Decoded(latents=latents, images=decode(latents)) for latents in (path.final, *predicted.values())
             )
         stored = path.kept_on_cpu() if self.keep_on == "cpu" else path
         return SampledBatch(
