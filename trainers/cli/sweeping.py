@@ -62,7 +62,7 @@ Reads the evaluations of finished or running runs. More is better in every measu
   ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
 
 With --sweep, any --key value of a configuration goes to every run. Runs that are finished already are kept, others go
-on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves the runs at work.
+on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves those at work.
 """
 
 
