@@ -19,7 +19,6 @@ FLOORS = {
     "rewards": "base nearest clusters source process_state optional downloads card results reward description loading"
     " construct registry requirements docstrings identity images models builtin combine preferences serving tools",
     "trainers": "shipped_configs metadata prompt_files prompts offline config parallel tracking run_folder scoring"
-    "trainers": "shipped_configs metadata prompt_files prompts offline config parallel tracking run_folder scoring"
     " evaluation planning pretraining epoch analysis diagnosis report sweep session evaluating exports loop checkup"
     " verification cli",
 }
