@@ -20,8 +20,8 @@ FLOORS = {
     " loading construct registry requirements docstrings identity images models builtin combine preferences"
     " serving tools",
     "trainers": "shipped_configs metadata prompt_files prompts offline config parallel tracking run_folder scoring"
-    " evaluation planning pretraining epoch analysis diagnosis report session evaluating exports"
-    " loop checkup verification cli",
+    " evaluation planning pretraining epoch analysis diagnosis report sweep session evaluating exports loop"
+    " checkup verification cli",
 }
 
 
