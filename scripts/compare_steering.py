@@ -405,15 +405,15 @@ def answers(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(everything: Sequence[Row]) -> Figure:
     """Reward and accuracy against rows an image, reward against seconds; fine-tuning for several numbers of images."""
     drawn = Figure(figsize=(13, 4.6), dpi=120, layout="constrained")
     panels = drawn.subplots(1, 3)
-    names = list(dict.fromkeys(row[0].method for row in rows))
+    names = list(dict.fromkeys(row[0].method for row in everything))
     what = (("network", "once", "reward"), ("seconds", "once_seconds", "reward"), ("network", "once", "strict"))
     for axes, (cost, once, measured) in zip(panels, what, strict=True):
         for number, name in enumerate(names):
-            own = [row for row in rows if row[0].method == name]
+            own = [row for row in everything if row[0].method == name]
             colour, style = f"C{number % 10}", "o-" if name not in TRAINED else "s--"
             points = [(mean(row, cost) + mean(row, once) / n, row) for row in own for n in _amounts(row)]
             heights = [mean(row, measured) for _, row in points]
@@ -431,7 +431,7 @@ def figure(rows: Sequence[Row]) -> Figure:
                 [x for x, _ in points], heights, yerr=errors, fmt=style, color=colour, markersize=4, linewidth=1.2,
                 elinewidth=0.7, label=name,
             )  # fmt: skip
-            for (x, row), height, n in zip(points, heights, [n for row in own for n in _amounts(row)], strict=True):
+            for (x, _), height, n in zip(points, heights, [n for row in own for n in _amounts(row)], strict=True):
                 if name in TRAINED and measured == "reward":
                     axes.annotate(f"{n:,}", (x, height), fontsize=6, xytext=(0, 4), textcoords="offset points")
         axes.set(
