@@ -87,6 +87,8 @@ alpha is in reward units per nat: the smaller, the stronger. All but best_of_n a
 Rewards are combined as in training. A MODEL's sampler is the one that fits it, but for the keys that are given.
 
   ddpo sample shapes --prompt "a red circle" --steer feynman_kac --reward shapes --steer.alpha 0.05
+  ddpo sample shapes --prompt "a red circle" --num-images 16 --steer feynman_kac --reward jpeg_compressibility \
+      --steer.alpha 0.02 --constraints.0.reward shapes_strict --constraints.0.at_least 0.9    a bound on their mean
   ddpo sample runs/NAME --prompt "a red circle" --steer svdd              the run's own rewards
   ddpo sample MODEL --prompt "a cat" --steer best_of_n --reward pickscore --reward jpeg_estimate --rewards.1.weight 0.1
       --sampler.num_steps 20 --batch.sample_batch_size 8 --model.precision bf16 --output pictures
