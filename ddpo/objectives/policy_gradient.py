@@ -36,6 +36,7 @@ from ddpo.objectives.experience import Experience
 from ddpo.objectives.surrogates import centred_log_ratio, masked_loss, ppo_loss, reinforce_loss
 from ddpo.objectives.unseen_steps import WithUnseenSteps, with_chain
 from ddpo.placement import fetch
+from ddpo.sampling.gaussian import Gaussian
 from ddpo.sampling.schedule import Schedule
 from ddpo.trajectory import Condition, Keep
 from ddpo.validation import check
@@ -142,6 +143,7 @@ class PolicyGradientConfig:
                 passes=self.inner_epochs,
                 guidance=self.train_guidance == "same",
                 likelihood=True,
+                recorded=self.noise_free_steps == "ignored",
                 keep=Keep.ALL,
                 means=masked or self.ratio == "guard",
                 joint_ratio=self.ratio == "joint" and not self.is_on_policy,
@@ -254,6 +256,19 @@ class PolicyGradient:
         if batch.weights is not None:
             loss = batch.weights * loss
         yield Loss(value=loss.mean() / dims, metrics=metrics, steps=batch.steps, drift=nats.abs())
+
+    def distribution(self, models: Models, batch: Transitions) -> Gaussian:
+        """The policy's at the recorded states."""
+        return models.policy(batch.steps, batch.latents, batch.condition)
+
+    def improvement(self, models: Models, batch: Transitions, distribution: Gaussian) -> Tensor:
+        """A pi / pi_old less the weighted KL, whatever ratio and bound the losses have."""
+        worth = batch.advantages * (distribution.log_prob(batch.next_latents) - batch.log_probs).exp()
+        if batch.penalised:
+            with models.policy.reference():
+                reference = models.policy(batch.steps, batch.latents, batch.condition)
+            worth = worth - batch.kl_weight * distribution.kl(reference)
+        return worth if batch.weights is None else batch.weights * worth
 
 
 def noise_weights(schedule: Schedule, steps: Tensor) -> Tensor:

@@ -4,17 +4,19 @@ Each pass permutes every sample's units of work; update u takes its own share of
 accumulated over micro-batches of units, of any samples mixed, so that memory is bounded by `train_batch_size` alone.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ddpo.curvature import FisherProducts
 from ddpo.objectives import Experience, Models, Objective
 from ddpo.objectives.base import Preparation, Surveying, trained_view
 from ddpo.seeds import Purpose, one_seed, random_orders, stream
 from trainers.config.groups import DistributedConfig
+from trainers.epoch.curvature import Geometry, thinned
 from trainers.epoch.drift import Gate
 from trainers.epoch.learner import Learner
 from trainers.epoch.prepare import prepared
@@ -40,6 +42,7 @@ class UpdateReport:
         grad_norm: Mean gradient norm of the policy before clipping; NaN if every update was skipped.
         learning_rate: Of its last update.
         skipped: Its updates skipped for non-finite gradients.
+        measured: Means over the updates of what the step rule has measured besides, by name.
     """
 
     per_step: dict[str, Tensor]
@@ -48,6 +51,7 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: int
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class Updater:
         seed: Of the run.
         processes: Whose gradients are added up.
         progress: Shows the micro-batches.
+        products: Of the Fisher matrix, for step rules that ask for them.
     """
 
     objective: Objective[Any]
@@ -83,6 +88,7 @@ class Updater:
     seed: int
     processes: Processes
     progress: Progress
+    products: FisherProducts | None = None
 
     def __call__(self, experience: Experience, *, epoch: int) -> UpdateReport:
         """Takes an epoch's optimizer steps.
@@ -140,6 +146,7 @@ class Updater:
             grad_norm=sum(norms) / len(norms) if norms else float("nan"),
             learning_rate=steps[-1].learning_rate,
             skipped=len(steps) - len(norms),
+            measured=_means([step.measured for step in steps if step.measured]),
         )
 
 
@@ -211,6 +218,28 @@ class MicroBatches:
             total += share * objective.survey(self.models, batch).double().mean()
         return by.processes.sum(total).float()
 
+    def geometry(self, *, stride: int) -> Geometry:
+        """Of every `stride`-th of its recorded steps."""
+        by, work = self.updater, self.work
+        assert by.products is not None, "made where the step rule asks for them"
+        units = thinned(
+            work.rows,
+            work.slots,
+            start=self.experience.start,
+            samples=by.plan.images_per_epoch,
+            stride=stride,
+            batch_size=by.plan.train_batch_size,
+            seed=work.seed,
+        )
+        return Geometry(
+            objective=by.objective,
+            models=self.models,
+            experience=self.experience,
+            units=units,
+            products=by.products,
+            processes=by.processes,
+        )
+
     def _cut(self) -> Iterator[tuple[object, float]]:
         """The micro-batches, each with its share of all processes' update."""
         by, work = self.updater, self.work
@@ -238,6 +267,11 @@ def deal(experience: Experience, plan: BatchPlan, *, seed: int) -> Iterator[Work
         rows = torch.arange(len(slots))[:, None].expand_as(slots)
         yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, seed=seed)
         first += share
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over rows of the same names."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
 
 
 def _or_first(steps: Tensor | None, values: Tensor) -> Tensor:
