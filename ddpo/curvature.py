@@ -124,7 +124,7 @@ def dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def combined(one: Mapping[str, Tensor], factor: float, other: Mapping[str, Tensor]) -> Vector:
-    """one + factor other."""
+    """One + factor other."""
     return {name: value + factor * other[name] for name, value in one.items()}
 
 

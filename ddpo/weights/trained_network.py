@@ -168,7 +168,7 @@ def dual(module: nn.Module, own: Mapping[str, nn.Parameter], direction: Mapping[
     ]
     try:
         for table, key, parameter in places:
-            table[key] = duals[names[id(parameter)]]  # type: ignore[assignment]
+            table[key] = duals[names[id(parameter)]]
         yield
     finally:
         for table, key, parameter in places:

@@ -11,7 +11,7 @@ step until the exact KL is within the radius and the steps are worth more than b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ SMALLEST = 1e-6
 """Of the diagonal, in means of it."""
 
 
-class CurvedUpdate(Update):
+class CurvedUpdate(Update, Protocol):
     """An update that knows its geometry."""
 
     def geometry(self, *, stride: int) -> Geometry:
@@ -58,7 +58,6 @@ class Candidate:
 
 def trust_region(options: OptimizerConfig) -> StepRule:
     """One step of a given length for each learner that has recorded steps."""
-
     region = options.region
 
     def step(learners: Sequence[Learner], update: Update) -> dict[str, StepReport]:
@@ -171,7 +170,6 @@ def search(
     return Candidate(factor=0.0, gain=0.0, nats=0.0, backtracks=backtracks)
 
 
-@torch.no_grad()
 def _metric(learner: Learner, geometry: Geometry) -> Vector:
     """The running diagonal of F, kept in the optimizer's state, with a floor."""
     state = learner.optimizer.state

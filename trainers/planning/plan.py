@@ -70,8 +70,8 @@ class BatchPlan:
         rows_known: Whether the rows are exact; else upper bounds.
         critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
         critic_updates: Its optimizer steps per epoch.
-        curvature_rows: Denoiser rows with backward pass of a trust region's Fisher products per epoch, and those without
-            of its looks at how far a step has moved the policy, over all processes, at most; 0 without one.
+        curvature_rows: Denoiser rows per epoch, over all processes, at most, of a trust region: with a backward pass of
+            its Fisher products, without one of its looks at how far a step has moved the policy; 0 without one.
     """
 
     num_processes: int
