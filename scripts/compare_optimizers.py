@@ -18,8 +18,7 @@ from trainers.run_folder.folder import Metric, read_metrics
 
 METHODS: dict[str, tuple[str, ...]] = {
     "adamw": ("shapes_ppo",),
-    "trpo .01": ("shapes_trpo",),
-    "trpo .03": ("shapes_trpo", "--optimizer.radius", "0.03"),
+    "trpo": ("shapes_trpo",),
 }
 SUMMARY = "summary.json"
 
@@ -51,7 +50,10 @@ def report(runs: dict[str, list[Path]], *, minutes: float) -> str:
     times = [minutes * share for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
     images = [1000 * 2**power for power in range(7)]
     by_time = [
-        (f"{at:.3g}", *(about(rows, lambda row: float(row["time/total_seconds"]) / 60, at) for rows in courses.values()))  # type: ignore[arg-type]
+        (
+            f"{at:.3g}",
+            *(about(rows, lambda row: float(row["time/total_seconds"]) / 60, at) for rows in courses.values()),
+        )  # type: ignore[arg-type]
         for at in times
     ]
     by_images = [
