@@ -24,7 +24,8 @@ class OptimizerConfig:
 
     Attributes:
         kind: `adamw`; `natural_gradient`, the gradient in the metric of the KL, each update as long as `radius`;
-            `trpo`, the same with a search back along the step until the exact KL is within it and the surrogate gains. The last two take objectives whose units are denoising steps with noise.
+            `trpo`, the same with a search back along the step until the exact KL is within it and the surrogate gains.
+            The last two take objectives whose units are denoising steps with noise.
         radius: Mean KL of a step's distribution from before an update to after it, nats; null takes 0.01.
         damping: Share of the metric that is added to the Fisher matrix before it is inverted; null takes 0.1.
         cg_iterations: Conjugate gradient iterations an update, at most; null takes 10.

@@ -21,7 +21,10 @@ from trainers.planning.plan import expected_plan
 from trainers.run_folder.folder import read_metrics
 
 ADAMW = "optimizer: {learning_rate: 1e-3, ema_decay: 0.9, schedule: constant, warmup_updates: 2}"
-TRPO = "optimizer: {kind: trpo, radius: 1e-3, ema_decay: 0.9, preconditioner: diagonal, cg_iterations: 2, fisher_fraction: 1.0, backtracks: 2}"
+TRPO = (
+    "optimizer: {kind: trpo, radius: 1e-3, ema_decay: 0.9, preconditioner: diagonal, cg_iterations: 2, "
+    "fisher_fraction: 1.0, backtracks: 2}"
+)
 MEASURED = ("kl_nats", "surrogate_gain", "step_length", "backtracks", "cg_iterations", "cg_residual")
 
 
@@ -48,8 +51,10 @@ def test_a_resume_is_bit_exact_with_the_running_diagonal(config: Path) -> None:
 @pytest.mark.parametrize("kind", ["natural_gradient", "trpo"])
 def test_an_update_moves_the_policy_by_the_radius(kind: str, config: Path) -> None:
     search = {"trpo": "2", "natural_gradient": "null"}[kind]
-    run = start(config, "--optimizer.kind", kind, "--optimizer.preconditioner", "none", "--optimizer.backtracks", search,
-                "--epochs", "1")  # fmt: skip
+    keys = {"kind": kind, "preconditioner": "none", "backtracks": search}
+    run = start(
+        config, "--epochs", "1", *(word for key, value in keys.items() for word in (f"--optimizer.{key}", value))
+    )
     for row in read_metrics(run):
         assert row["optimizer/kl_nats"] == pytest.approx(1e-3, rel=0.2)
         if kind == "trpo":
