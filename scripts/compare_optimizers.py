@@ -1,6 +1,7 @@
 """Trains `shapes` by AdamW and by TRPO, and compares the reward of training at equal minutes and at equal images.
 
 python scripts/compare_optimizers.py [--output runs/optimizers] [--minutes 4.5] [--seeds 0,1] [--report]
+python scripts/compare_optimizers.py --chain    the exact chain instead: updates until little of J is missing
 
 Minutes are of the run's own processor time, on one thread; evaluations do not count. A row is the mean reward of the
 epochs about that minute, or about that number of images, a quarter of it to either side. Finished runs are kept.
@@ -11,10 +12,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rewards.tools.table import table
+from trainers.config.optimizer import OptimizerConfig
 from trainers.run_folder.folder import Metric, read_metrics
+from trainers.verification.natural_gradient import RATES, adamw, course, first
 
 METHODS: dict[str, tuple[str, ...]] = {
     "adamw": ("shapes_ppo",),
@@ -66,6 +70,23 @@ def report(runs: dict[str, list[Path]], *, minutes: float) -> str:
     )
 
 
+def chain() -> str:
+    """Updates until the missing share of the reachable J is below a bar, on the affine chain."""
+    wide = OptimizerConfig(kind="natural_gradient", radius=0.02, fisher_fraction=1.0, cg_iterations=20, damping=0.01)
+    diagonal = OptimizerConfig(kind="natural_gradient", radius=0.01, preconditioner="diagonal")
+    kinds = {
+        "natural gradient, radius .02, exact": (wide, 12),
+        "natural gradient, radius .01, exact": (replace(wide, radius=0.01), 12),
+        "TRPO, radius .01": (OptimizerConfig(kind="trpo", radius=0.01), 12),
+        "diagonal, radius .01": (diagonal, 12),
+        **{f"AdamW, rate {rate:g}": (adamw(rate), 40) for rate in RATES},
+    }
+    bars = (0.2, 0.1, 0.05, 0.02)
+    gaps = {name: course(*kind)[0] for name, kind in kinds.items()}
+    rows = [(name, *(str(first(found, bar) or "-") for bar in bars)) for name, found in gaps.items()]
+    return table(("optimizer", *(f"{bar:g}" for bar in bars)), rows, right=True)
+
+
 def main() -> None:
     """Trains what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,7 +95,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1", help="separated by commas (default %(default)s)")
     parser.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas (default all)")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--chain", action="store_true", help="the exact chain instead")
     options = parser.parse_args()
+    if options.chain:
+        print(chain())  # noqa: T201
+        return
     runs: dict[str, list[Path]] = {name: [] for name in options.only.split(",")}
     for seed in options.seeds.split(","):
         for name in runs:
@@ -83,7 +108,7 @@ def main() -> None:
                 run = train(name, options.output, seed=int(seed), minutes=options.minutes)
             if run.is_dir():
                 runs[name].append(run)
-    print(report(runs, minutes=options.minutes))  # noqa: T201
+    print(report(runs, minutes=options.minutes))
 
 
 if __name__ == "__main__":
