@@ -27,8 +27,8 @@ from trainers.verification.optimum import REINFORCE, Recipe, quiet_run
 RADIUS = 0.02
 REGION = OptimizerConfig(kind="natural_gradient", radius=RADIUS)
 TRPO = OptimizerConfig(kind="trpo", radius=RADIUS)
-RATES = (0.02, 0.05, 0.1)
-UPDATES, ADAMW_UPDATES, BAR = 8, 30, 0.05
+RATES = (0.05, 0.1)
+UPDATES, ADAMW_UPDATES, BAR = 8, 24, 0.05
 
 
 def adamw(rate: float) -> OptimizerConfig:
@@ -47,7 +47,7 @@ def course(optimizer: OptimizerConfig, updates: int, head: HeadKind = "affine") 
     recipe = replace(REINFORCE, objective=objective, epochs=updates, optimizer=optimizer)
     values: list[float] = []
     with quiet_run(problem.policy(), problem, recipe, every_epochs=1) as run:
-        nats = [float(row.get("optimizer/kl_nats", 0.0)) for row in read_metrics(run)]  # type: ignore[arg-type]
+        nats = [float(row.get("optimizer/kl_nats", 0.0)) for row in read_metrics(run)]
         for folder in sorted((run / "checkpoints").glob("epoch_*")):
             weights = load_file(folder / "weights.safetensors")
             values.append(float(problem.value(weights["head.gain"], weights["head.shift"])))
@@ -64,7 +64,7 @@ def first(gaps: Sequence[float], bar: float) -> int | None:
 
 
 def check_updates() -> Iterator[Measurement]:
-    """How many updates it takes, against the best of three constant rates of AdamW."""
+    """How many updates it takes, against the better of two constant rates of AdamW."""
     best = {rate: course(adamw(rate), ADAMW_UPDATES)[0] for rate in RATES}
     fastest = min(first(gaps, BAR) or ADAMW_UPDATES + 1 for gaps in best.values())
     for name, options in (("natural gradient", REGION), ("TRPO", TRPO)):
@@ -86,7 +86,7 @@ def check_length() -> Iterator[Measurement]:
     problem = mixture_problem()
     recipe = Recipe(objective=PolicyGradientConfig(ratio="joint", updates_per_epoch=1), epochs=4, optimizer=REGION)
     with quiet_run(problem.policy(), problem, recipe) as run:
-        found = [float(row["optimizer/kl_nats"]) / RADIUS for row in read_metrics(run)]  # type: ignore[arg-type]
+        found = [float(row["optimizer/kl_nats"]) / RADIUS for row in read_metrics(run)]
     yield Measurement(name="KL after the step, in radii", exact=1.0, obtained=", ".join(f"{x:.3f}" for x in found),
                       error=max(abs(x - 1) for x in found), tolerance=0.2)  # fmt: skip
 
@@ -117,7 +117,8 @@ def curvature() -> tuple[float, float]:
 
     v = {name: drawn(value) for name, value in own.items()}
     product = dot(v, FisherProducts(policy=policy, tell=lambda text: None).product(whitened, v))
-    size, nats = 2e-2 / product**0.5, 0.0
+    size = 2e-2 / product**0.5
+    nats = 0.0
     with torch.no_grad():
         before = policy(steps, x, condition)
         for factor in (size, -2 * size):
