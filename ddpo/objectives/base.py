@@ -97,6 +97,8 @@ class Demand:
             alone, and all run in the training processes.
         keep: Which states of the chains it needs.
         means: Whether it needs the means that the steps with noise were sampled from.
+        reference_means: Whether its KL can take the pretrained model's means of the steps with noise from sampling,
+            where these are kept, in place of passes of its own.
         chain: Whether a unit is a chain of steps, so that a unit's memory and rows are those of several of them.
         chain_unit: Whether the last of a sample's units is a chain, from its first step without noise to the scored
             image, in which all of its steps are differentiated.
@@ -104,6 +106,8 @@ class Demand:
         decodes: Images of a unit that are decoded and scored with a graph.
         recomputed: Whether a chain's steps are computed again one by one in the backward pass, so that the activations
             of one alone are alive at a time.
+        spares: Whether samples may have no gradient at all, as the objective can tell before an epoch's first update
+            (`Sparing`): they are then not trained on.
         varies: Whether how often a unit calls the network is drawn: not with a network that is split over processes.
         old_policy: Decay of the average of weights that counts as the old policy, after n epochs in which it was
             updated; None where there is none.
@@ -143,11 +147,13 @@ class Demand:
     reward_gradient: bool = False
     keep: Keep = Keep.FINAL
     means: bool = False
+    reference_means: bool = False
     chain: bool = False
     chain_unit: bool = False
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps
     decodes: int = 0
     recomputed: bool = False
+    spares: bool = False
     varies: bool = False
     old_policy: Callable[[int], float] | None = None
     prepare: Prepare | None = None
@@ -263,6 +269,13 @@ class Recorded(Protocol[Stepped]):
             batch: The steps.
             distribution: As the policy would take them now.
         """
+
+
+class Sparing(Protocol):
+    """An objective that knows samples on which no work needs to be done."""
+
+    def idle(self, experience: Experience) -> Tensor:
+        """Of which samples no unit has a gradient in any update, (B,) bool on their device."""
 
 
 class ObjectiveConfig(Protocol):

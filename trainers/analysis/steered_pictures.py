@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpo import Policy
 from ddpo.loading import load_pipeline
 from ddpo.pipeline.denoiser import DTYPES
-from ddpo.pipeline.input_images import IMAGE
+from ddpo.pipeline.input_images import first_input
 from ddpo.pipeline.scheduler import default_sampler
 from ddpo.seeds import Purpose, sample_seeds
 from ddpo.steered import SteeredSamples, check_noise, steered_samples
@@ -283,7 +283,7 @@ def _write_steered(
             {
                 "file": f"{i:03d}.png",
                 "prompt": prompt.text,
-                "input": prompt.metadata.get(IMAGE),
+                "input": first_input(prompt.metadata),
                 "noise_seed": int(seeds[i]),
                 "particle": int(steered.particles[i]),
                 "unsteered": before.of(i),

@@ -2,10 +2,13 @@
 
 Each pass permutes every sample's units of work; update u takes its own share of them from every sample. An update is
 accumulated over micro-batches of units, of any samples mixed, so that memory is bounded by `train_batch_size` alone.
+Samples that the objective knows to have no gradient come last, and micro-batches of nothing else are left out: the
+gradient is the same, to the order of its sum.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ddpo.curvature import FisherProducts
 from ddpo.objectives import Experience, Models, Objective
-from ddpo.objectives.base import Preparation, Surveying, trained_view
+from ddpo.objectives.base import Preparation, Sparing, Surveying, trained_view
 from ddpo.seeds import Purpose, one_seed, random_orders, stream
 from trainers.config.groups import DistributedConfig
 from trainers.epoch.curvature import Geometry, thinned
@@ -108,10 +111,12 @@ class Updater:
         experience = self._prepared(models, experience, epoch=epoch)
         totals = Means(path.schedule.num_steps, self.models.policy.device)
         gate = Gate(tolerance=self.gate_tolerance, dims=path.final[0].numel())
-        steps: list[StepReport] = []
+        idle, steps = self._idle(experience), list[StepReport]()
         for number in range(self.plan.passes):
             seed = one_seed(self.seed, epoch, number, purpose=Purpose.PASS)
             for work in deal(experience, self.plan, seed=seed):
+                if idle is not None:
+                    work = work.without(idle, self.processes)
                 batches = MicroBatches(
                     updater=self, models=models, experience=experience, work=work, totals=totals, gate=gate
                 )
@@ -119,6 +124,12 @@ class Updater:
         for learner in self.learners:
             learner.update_averages(after="epoch")
         return self._report(totals, gate, steps)
+
+    def _idle(self, experience: Experience) -> Tensor | None:
+        """Which samples have no gradient, (B,) bool on the CPU; None where the objective cannot tell."""
+        if not self.objective.demand.spares:
+            return None
+        return cast("Sparing", self.objective).idle(experience).cpu()
 
     def _prepared(self, models: Models, experience: Experience, *, epoch: int) -> Experience:
         if self.preparation is None:
@@ -158,13 +169,32 @@ class Work:
         rows: Their samples, (M,) int64 on the CPU.
         slots: Which of a sample's units, (M,) int64 on the CPU.
         sizes: Units of each micro-batch; they sum to M.
+        share: Units of each sample that the update is a mean over.
         seed: Of the pass.
     """
 
     rows: Tensor
     slots: Tensor
     sizes: Sequence[int]
+    share: int
     seed: int
+
+    def without(self, idle: Tensor, processes: Processes) -> "Work":
+        """The first micro-batches, as many as hold what is not idle in the process that has the most of it.
+
+        One is left at least, which shows whether training recomputes what was sampled. What is idle fills them up, so
+        that calls keep their size.
+
+        Args:
+            idle: Which samples have no gradient, (B,) bool on the CPU.
+            processes: All take as many.
+        """
+        rests = idle[self.rows]
+        busy = int((~rests).sum())
+        count = next(number for number, held in enumerate(accumulate(self.sizes), start=1) if held >= busy)
+        sizes = self.sizes[: processes.largest(count)]
+        order = torch.argsort(rests, stable=True)[: sum(sizes)]
+        return replace(self, rows=self.rows[order], slots=self.slots[order], sizes=sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +273,7 @@ class MicroBatches:
     def _cut(self) -> Iterator[tuple[object, float]]:
         """The micro-batches, each with its share of all processes' update."""
         by, work = self.updater, self.work
-        everyones = by.plan.images_per_epoch * len(work.rows) // by.plan.samples_per_process
+        everyones = by.plan.images_per_epoch * work.share
         start = 0
         for size in by.progress.track(work.sizes, "training"):
             by.processes.safe_point("training")
@@ -265,7 +295,7 @@ def deal(experience: Experience, plan: BatchPlan, *, seed: int) -> Iterator[Work
     for share, sizes in zip(plan.shares, plan.micro_batches, strict=True):
         slots = own[:, first : first + share]
         rows = torch.arange(len(slots))[:, None].expand_as(slots)
-        yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, seed=seed)
+        yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, share=share, seed=seed)
         first += share
 
 

@@ -17,7 +17,7 @@ from ddpo import Keep, Policy, Samples, rollout, sample_seeds
 from ddpo.displacement import displacement
 from ddpo.file_modes import open_by_umask
 from ddpo.path_kl import full_noise_kl, steps_left_to_the_ode
-from ddpo.pipeline.input_images import IMAGE
+from ddpo.pipeline.input_images import identities
 from ddpo.seeds import Purpose
 from rewards import RewardError, WeightedSum
 from rewards.base import check_components
@@ -139,7 +139,7 @@ class ImageSlot:
 
 
 def _identity(prompt: Prompt) -> tuple[str, str]:
-    return prompt.text, str(prompt.metadata.get(IMAGE, ""))
+    return prompt.text, identities(prompt.metadata)
 
 
 class Evaluator:
