@@ -69,6 +69,7 @@ def epoch_row(
         "optimizer/grad_norm": report.grad_norm,
         "optimizer/learning_rate": report.learning_rate,
         "optimizer/skipped": report.skipped,
+        **{f"optimizer/{name}": value for name, value in report.measured.items()},
         **({"evaluation/overoptimised": state.counts.overoptimised} if state.config.heldout_rewards else {}),
         **({} if kl is None else {"per_step/kl_nats": kl.per_step.tolist(), **_entropy(collected.samples.trajectory)}),
         **({} if report.drift is None else {"per_step/gate_nats": report.drift.tolist()}),

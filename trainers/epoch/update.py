@@ -6,18 +6,20 @@ Samples that the objective knows to have no gradient come last, and micro-batche
 gradient is the same, to the order of its sum.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ddpo.curvature import FisherProducts
 from ddpo.objectives import Experience, Models, Objective
 from ddpo.objectives.base import Preparation, Sparing, Surveying, trained_view
 from ddpo.seeds import Purpose, one_seed, random_orders, stream
 from trainers.config.groups import DistributedConfig
+from trainers.epoch.curvature import Geometry, thinned
 from trainers.epoch.drift import Gate
 from trainers.epoch.learner import Learner
 from trainers.epoch.prepare import prepared
@@ -43,6 +45,7 @@ class UpdateReport:
         grad_norm: Mean gradient norm of the policy before clipping; NaN if every update was skipped.
         learning_rate: Of its last update.
         skipped: Its updates skipped for non-finite gradients.
+        measured: Means over the updates of what the step rule has measured besides, by name.
     """
 
     per_step: dict[str, Tensor]
@@ -51,6 +54,7 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: int
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class Updater:
         seed: Of the run.
         processes: Whose gradients are added up.
         progress: Shows the micro-batches.
+        products: Of the Fisher matrix, for step rules that ask for them.
     """
 
     objective: Objective[Any]
@@ -86,6 +91,7 @@ class Updater:
     seed: int
     processes: Processes
     progress: Progress
+    products: FisherProducts | None = None
 
     def __call__(self, experience: Experience, *, epoch: int) -> UpdateReport:
         """Takes an epoch's optimizer steps.
@@ -151,6 +157,7 @@ class Updater:
             grad_norm=sum(norms) / len(norms) if norms else float("nan"),
             learning_rate=steps[-1].learning_rate,
             skipped=len(steps) - len(norms),
+            measured=_means([step.measured for step in steps if step.measured]),
         )
 
 
@@ -241,6 +248,28 @@ class MicroBatches:
             total += share * objective.survey(self.models, batch).double().mean()
         return by.processes.sum(total).float()
 
+    def geometry(self, *, stride: int) -> Geometry:
+        """Of every `stride`-th of its recorded steps."""
+        by, work = self.updater, self.work
+        assert by.products is not None, "made where the step rule asks for them"
+        units = thinned(
+            work.rows,
+            work.slots,
+            start=self.experience.start,
+            samples=by.plan.images_per_epoch,
+            stride=stride,
+            batch_size=by.plan.train_batch_size,
+            seed=work.seed,
+        )
+        return Geometry(
+            objective=by.objective,
+            models=self.models,
+            experience=self.experience,
+            units=units,
+            products=by.products,
+            processes=by.processes,
+        )
+
     def _cut(self) -> Iterator[tuple[object, float]]:
         """The micro-batches, each with its share of all processes' update."""
         by, work = self.updater, self.work
@@ -268,6 +297,11 @@ def deal(experience: Experience, plan: BatchPlan, *, seed: int) -> Iterator[Work
         rows = torch.arange(len(slots))[:, None].expand_as(slots)
         yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, share=share, seed=seed)
         first += share
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over rows of the same names."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
 
 
 def _or_first(steps: Tensor | None, values: Tensor) -> Tensor:

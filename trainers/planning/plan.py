@@ -15,6 +15,7 @@ once: then no batch may be empty. A denoiser row is one latent through the netwo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ddpo.objectives import Demand
@@ -23,6 +24,7 @@ from ddpo.sampling.samplers import FLOW_ONLY, SamplerConfig
 from ddpo.sampling.step_selection import StepSelection
 from ddpo.validation import UserError
 from trainers.config import Config
+from trainers.config.optimizer import PROBES
 from trainers.parallel.shares import in_step, share, split_evenly
 from trainers.planning.architectures import stacks_guidance
 
@@ -71,6 +73,8 @@ class BatchPlan:
         rows_known: Whether the rows are exact; else upper bounds.
         critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
         critic_updates: Its optimizer steps per epoch.
+        curvature_rows: Denoiser rows per epoch, over all processes, at most, of a trust region: with a backward pass of
+            its Fisher products, without one of its looks at how far a step has moved the policy; 0 without one.
     """
 
     num_processes: int
@@ -105,6 +109,7 @@ class BatchPlan:
     rows_known: bool = True
     critic_states: int = 0
     critic_updates: int = 0
+    curvature_rows: int = 0
 
     @property
     def micro_batches_per_update(self) -> tuple[int, ...]:
@@ -127,7 +132,7 @@ class BatchPlan:
     @property
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
-        return self.sampling_rows + self.training_rows + self.reference_rows
+        return self.sampling_rows + self.training_rows + self.reference_rows + self.curvature_rows
 
     def _critic(self) -> list[tuple[str, str]]:
         """A row of the table, where there is a critic."""
@@ -167,7 +172,8 @@ class BatchPlan:
             (
                 "denoiser rows",
                 f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
-                f" + {self.training_rows:,} training + {self.reference_rows:,} reference",
+                f" + {self.training_rows:,} training + {self.reference_rows:,} reference"
+                + (f" + up to {self.curvature_rows:,} Fisher products and steps tried" if self.curvature_rows else ""),
             ),
             *self._critic(),
             (
@@ -289,7 +295,23 @@ def make_plan(
         rows_known=not demand.varies and config.steer is None and (config.weighs_kl or not demand.spares),
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
+        curvature_rows=_curvature_rows(config, shares, branches=trained_branches),
     )
+
+
+def _curvature_rows(config: Config, shares: Sequence[int], *, branches: int) -> int:
+    """At most: a product an iteration and one or two besides, the diagonal's probes, and a pass a step that is tried.
+
+    Where the KL has a weight, what a step is worth takes a row of the pretrained network too.
+    """
+    if not config.optimizer.is_trust_region:
+        return 0
+    region = config.optimizer.region
+    units = sum(-(-config.batch.samples_per_epoch * part // region.stride) for part in shares)
+    products = region.cg_iterations + (1 + PROBES if region.diagonal else 2)
+    looks = 2 + region.backtracks  # before the step, the whole step, shorter ones
+    rows = products + looks * (2 if config.weighs_kl else 1)
+    return units * config.demand.passes * rows * branches
 
 
 def critic_states(config: Config) -> int:
