@@ -1,4 +1,4 @@
-"""The documentation: every page is in the site's navigation, every link leads somewhere, every public name is described."""
+"""The documentation: pages are in the navigation, links lead somewhere, public names are described."""
 
 import dataclasses
 import importlib

@@ -71,7 +71,7 @@ class Config:
         advantages: From scores to advantages.
         batch: Numbers of samples and what fits on a device.
         distributed: How several processes share the network.
-        optimizer: AdamW and its learning rate.
+        optimizer: How gradients become steps.
         critic: A learnt value function, the baseline of each step.
         rewards: What is maximised: the weighted sum of these.
         constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
@@ -172,6 +172,7 @@ class Config:
         self._check_evaluation()
         self._check_units()
         self._check_network()
+        self._check_trust_region()
 
     def _check_network(self) -> None:
         """What cannot be trained, split over processes, or compiled together."""
@@ -195,6 +196,21 @@ class Config:
             )
             cure = f"ddp with the objective {self.demand.name} (how often it calls the network is drawn)"
             check(not self.demand.varies, "distributed.strategy", self.distributed.strategy, cure)
+
+    def _check_trust_region(self) -> None:
+        """Steps in nats need steps that have them, and a network that can be differentiated twice."""
+        kind, chosen = self.optimizer.kind, f"with optimizer.kind: {self.optimizer.kind}"
+        if not self.optimizer.is_trust_region:
+            return
+        what = "has no recorded steps with noise alone, whose KL is a step's length"
+        cure = f"adamw with objective.kind: {self.objective.kind} and these keys of it (it {what})"
+        check(self.demand.recorded, "optimizer.kind", kind, cure)
+        strategy = self.distributed.strategy
+        check(strategy == "ddp", "distributed.strategy", strategy, f"ddp {chosen} (split weights have no directions)")
+        check(self.model.precision != "fp16", "model.precision", "fp16", f"fp32 or bf16 {chosen} (no scaled losses)")
+        check(not self.model.compile, "model.compile", True, f"false {chosen} (compiled passes derive once)")
+        packed = self.model.quantization
+        check(packed is None, "model.quantization", packed, f"null {chosen} (packed layers derive once)")
 
     def _check_noise(self) -> None:
         """Where an objective needs a density, sampling must have noise; only there a step has a KL and a worth."""
@@ -384,8 +400,12 @@ class Config:
 
         It is where the samples' worth has it, or where something follows it.
         """
-        fixed = isinstance(self.kl, FixedKL) and all(bound.reward != KL_NAME for bound in self.constraints)
-        return self.weighs_kl and (self.demand.likelihood or not fixed)
+        return self.weighs_kl and (self.demand.likelihood or self.follows_kl)
+
+    @property
+    def follows_kl(self) -> bool:
+        """Whether an adaptive weight or a constraint follows the KL: no step is then estimated from a few samples."""
+        return not isinstance(self.kl, FixedKL) or any(bound.reward == KL_NAME for bound in self.constraints)
 
     @property
     def _compares_samples(self) -> bool:

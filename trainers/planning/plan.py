@@ -15,14 +15,16 @@ once: then no batch may be empty. A denoiser row is one latent through the netwo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ddpo.objectives import Demand
-from ddpo.path_kl import count_sites
+from ddpo.path_kl import SHARE, count_sites
 from ddpo.sampling.samplers import FLOW_ONLY, SamplerConfig
 from ddpo.sampling.step_selection import StepSelection
 from ddpo.validation import UserError
 from trainers.config import Config
+from trainers.config.optimizer import PROBES
 from trainers.parallel.shares import in_step, share, split_evenly
 from trainers.planning.architectures import stacks_guidance
 
@@ -62,12 +64,17 @@ class BatchPlan:
         sampling_rows: Denoiser rows for sampling per epoch, over all processes.
         training_rows: Denoiser rows with backward pass per epoch, over all processes.
         reference_rows: Rows of other weights than the trained ones per epoch, over all processes: of the pretrained
-            denoiser for the KL, at every trained step when it has a weight, and at every sampled decision where that
-            needs it, else at 3% of the sampled steps; and of what an objective's losses ask frozen weights besides.
+            denoiser for the KL, at every trained step when it has a weight (but for `keeps_reference`), and at every
+            sampled decision where that needs it, else at 3% of the sampled steps; and of what an objective's losses ask
+            frozen weights besides.
+        frozen_passes: Passes of frozen weights that each training row takes besides.
+        keeps_reference: Whether what the pretrained network says in sampling is kept for training.
         steps_known: Whether the stochastic steps, and what follows from their number, are exact; else upper bounds.
         rows_known: Whether the rows are exact; else upper bounds.
         critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
         critic_updates: Its optimizer steps per epoch.
+        curvature_rows: Denoiser rows per epoch, over all processes, at most, of a trust region: with a backward pass of
+            its Fisher products, without one of its looks at how far a step has moved the policy; 0 without one.
     """
 
     num_processes: int
@@ -96,10 +103,13 @@ class BatchPlan:
     sampling_rows: int
     training_rows: int
     reference_rows: int
+    frozen_passes: int
+    keeps_reference: bool = False
     steps_known: bool = True
     rows_known: bool = True
     critic_states: int = 0
     critic_updates: int = 0
+    curvature_rows: int = 0
 
     @property
     def micro_batches_per_update(self) -> tuple[int, ...]:
@@ -122,7 +132,7 @@ class BatchPlan:
     @property
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
-        return self.sampling_rows + self.training_rows + self.reference_rows
+        return self.sampling_rows + self.training_rows + self.reference_rows + self.curvature_rows
 
     def _critic(self) -> list[tuple[str, str]]:
         """A row of the table, where there is a critic."""
@@ -162,7 +172,8 @@ class BatchPlan:
             (
                 "denoiser rows",
                 f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
-                f" + {self.training_rows:,} training + {self.reference_rows:,} reference",
+                f" + {self.training_rows:,} training + {self.reference_rows:,} reference"
+                + (f" + up to {self.curvature_rows:,} Fisher products and steps tried" if self.curvature_rows else ""),
             ),
             *self._critic(),
             (
@@ -243,6 +254,15 @@ def make_plan(
     contests = demand.contended(num_stochastic) * demand.contenders
     states = config.sampler.num_steps + len(config.shaping.steps) + contests
     steered = 1 if config.steer is None else config.steer.passes
+    sample_batches = in_step(samples, batch.sample_batch_size, most=most, sharded=sharded)
+    micro_batches = tuple(
+        in_step(samples * part, batch.train_batch_size, most=most * part, sharded=sharded) for part in shares
+    )
+    same_everywhere = batch.samples_per_epoch % num_processes == 0
+    alike = same_everywhere and len({*sample_batches, *(size for sizes in micro_batches for size in sizes)}) == 1
+    keeps_reference = alike and _finds_reference_anew(config)
+    frozen_passes = config.frozen_passes - keeps_reference
+    reference_rows = _sampled_reference_rows(config, num_stochastic, branches=trained_branches)
     return BatchPlan(
         num_processes=num_processes,
         rank=rank,
@@ -252,7 +272,7 @@ def make_plan(
         group_size=batch.group_size,
         groups_per_epoch=batch.samples_per_epoch // batch.group_size,
         samples_per_process=samples,
-        sample_batches=in_step(samples, batch.sample_batch_size, most=most, sharded=sharded),
+        sample_batches=sample_batches,
         num_steps=config.sampler.num_steps,
         num_stochastic=num_stochastic,
         branches=branches,
@@ -262,20 +282,36 @@ def make_plan(
         shares=shares,
         train_batch_size=batch.train_batch_size,
         units_per_update=tuple(samples * part for part in shares),
-        micro_batches=tuple(
-            in_step(samples * part, batch.train_batch_size, most=most * part, sharded=sharded) for part in shares
-        ),
+        micro_batches=micro_batches,
         updates_per_pass=demand.updates,
         passes=demand.passes,
         optimizer_steps_per_epoch=demand.updates * demand.passes,
         optimizer_steps_total=demand.updates * demand.passes * config.epochs,
         sampling_rows=0 if config.offline else batch.samples_per_epoch * states * steered * branches,
         training_rows=training_rows,
-        reference_rows=_reference_rows(config, num_stochastic, branches=trained_branches, training_rows=training_rows),
-        rows_known=not demand.varies and config.steer is None,
+        reference_rows=reference_rows + training_rows * frozen_passes,
+        frozen_passes=frozen_passes,
+        keeps_reference=keeps_reference,
+        rows_known=not demand.varies and config.steer is None and (config.weighs_kl or not demand.spares),
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
+        curvature_rows=_curvature_rows(config, shares, branches=trained_branches),
     )
+
+
+def _curvature_rows(config: Config, shares: Sequence[int], *, branches: int) -> int:
+    """At most: a product an iteration and one or two besides, the diagonal's probes, and a pass a step that is tried.
+
+    Where the KL has a weight, what a step is worth takes a row of the pretrained network too.
+    """
+    if not config.optimizer.is_trust_region:
+        return 0
+    region = config.optimizer.region
+    units = sum(-(-config.batch.samples_per_epoch * part // region.stride) for part in shares)
+    products = region.cg_iterations + (1 + PROBES if region.diagonal else 2)
+    looks = 2 + region.backtracks  # before the step, the whole step, shorter ones
+    rows = products + looks * (2 if config.weighs_kl else 1)
+    return units * config.demand.passes * rows * branches
 
 
 def critic_states(config: Config) -> int:
@@ -325,32 +361,43 @@ def check_whole_groups(plan: BatchPlan, *, who: str = "a reward", alone: bool = 
     )
 
 
-def _reference_rows(config: Config, num_stochastic: int, *, branches: int, training_rows: int) -> int:
-    """Those of every sampled decision where all are measured, else of a few sites; and those of training.
+def _finds_reference_anew(config: Config) -> bool:
+    """Whether training would find bit for bit what the pretrained network has said in sampling.
 
-    An objective that compares with the pretrained model has those of training too.
+    So it is in float32 and uncompiled, in calls of as many rows; other calls round in other ways, and the KL of
+    untrained weights would no longer be exactly 0.
+    """
+    exact = config.model.precision == "fp32" and not config.model.compile
+    return exact and config.measures_kl and config.demand.reference_means and config.steer is None
 
-    So are those by which it prepares an epoch.
 
-    Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each. Steered
-    samples have none.
+def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: int) -> int:
+    """Those of every sampled decision where all are measured, else of a few sites; and those that prepare an epoch.
+
+    Steps that epochs leave to the ODE have a few sites too, or all where something follows the KL; their KL with full
+    noise takes two rows each. Steered samples have none.
     """
     samples, sampler = config.batch.samples_per_epoch, config.sampler
     if config.offline:
-        return training_rows * config.frozen_passes
-    everything = replace(sampler, stochastic_steps=StepSelection()).max_stochastic_steps
-    hidden = everything - num_stochastic if sampler.stochastic_steps != StepSelection() else 0
-    full_noise = 2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden) if hidden else 0
+        return 0
+    hidden, share = steps_outside_windows(config, num_stochastic), 1.0 if config.follows_kl else SHARE
+    full_noise = (
+        2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden, share=share) if hidden else 0
+    )
     prepare = config.demand.prepare
-    in_training = training_rows * config.frozen_passes
-    if prepare is not None:
-        in_training += samples * prepare.rows(sampler.num_steps) * branches
+    preparing = 0 if prepare is None else samples * prepare.rows(sampler.num_steps) * branches
     if config.steer is not None:
-        return in_training
+        return preparing
     if config.measures_kl:
-        return (samples * num_stochastic + full_noise) * branches + in_training
+        return (samples * num_stochastic + full_noise) * branches + preparing
     own = count_sites(samples, num_steps=sampler.num_steps, num_stochastic=num_stochastic)
-    return (own + full_noise) * branches + in_training
+    return (own + full_noise) * branches + preparing
+
+
+def steps_outside_windows(config: Config, num_stochastic: int) -> int:
+    """How many steps an epoch leaves to the ODE that have noise under the sampler's full noise."""
+    everything = replace(config.sampler, stochastic_steps=StepSelection()).max_stochastic_steps
+    return everything - num_stochastic if config.sampler.stochastic_steps != StepSelection() else 0
 
 
 def _check_updates(demand: Demand, units: int, num_stochastic: int) -> None:
