@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From the lowest to the highest; a room is a package or a single module.
 FLOORS = {
     "ddpo": "validation file_modes seeds placement ragged sampling trajectory credit pipeline weights loading model"
-    " policy path_kl displacement steering rollout steered contenders objectives control",
+    " policy path_kl displacement steering rollout steered contenders objectives regularization control",
     "ddpo.control": "problems diffusion solvers checks figures",
     "rewards": "base nearest clusters source process_state optional downloads card results reward description loading"
     " construct registry requirements docstrings identity images models builtin combine preferences serving tools",
