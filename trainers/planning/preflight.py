@@ -8,6 +8,7 @@ import torch
 
 from ddpo.pipeline.input_images import check_image
 from ddpo.pipeline.unloadable import check_single_file, check_weights
+from ddpo.validation import UserError as PictureError
 from ddpo.validation import within
 from rewards import RewardTerm
 from rewards.base import UserError
@@ -231,7 +232,7 @@ def check_regularization(config: Config) -> None:
         entries = read_captioned(folder)
         for image, _ in entries:
             check_image(image)
-    except UserError as error:
+    except PictureError as error:
         raise ConfigError(f"regularization.denoising.images: {error}") from error
 
 

@@ -44,7 +44,7 @@ class Parts:
         adapter: LoRA weights in float32; 0 with full fine-tuning.
         gradients: Of the trained weights, float32.
         optimizer: AdamW's averages.
-        averaged: The moving averages of the trained weights.
+        averaged: Copies of the trained weights: moving averages, the start, its Fisher information.
         text_encoders: Of all text encoders.
         vae: The VAE.
         trajectories: Latents of an epoch, and prompt embeddings of each of its samples.
