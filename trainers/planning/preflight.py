@@ -49,6 +49,7 @@ def preflight(config: Config, *, num_processes: int, here: bool = True, resumed:
     check_reward_gradient(config)
     check_reward_processes(config)
     check_trackers(config)
+    check_spread(config)
     check_regularization(config)
     if resumed is None:
         check_folder("run.output_dir", config.run.folder)
@@ -221,6 +222,16 @@ def check_reward_processes(config: Config) -> None:
                 f"reward_processes: {other.shown} and {term.shown} would both be served as {_reported(term)!r}, with "
                 f"other options; give one of them a label"
             )
+
+
+def check_spread(config: Config) -> None:
+    """Refuses an embedding for evaluations that is unknown, or whose packages are missing."""
+    if config.evaluation.spread is None:
+        return
+    try:
+        check_requirements("diversity", {"embedding": config.evaluation.spread})
+    except UserError as error:
+        raise ConfigError(f"evaluation.spread: {error}") from error
 
 
 def check_regularization(config: Config) -> None:

@@ -109,8 +109,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(config: Path, override
 
 def test_the_plan_counts_the_rows_of_the_terms(config: Path, model: Path, tmp_path: Path) -> None:
     held = expected_plan(load_config(config), num_processes=1)
-    free = expected_plan(load_config(config, ["--regularization.l2", "0", "--regularization.ewc.strength", "0",
-                                              "--regularization.denoising.strength", "0"]), num_processes=1)  # fmt: skip
+    off = ["--regularization.l2", "0", "--regularization.ewc.strength", "0", "--regularization.denoising.strength", "0"]
+    free = expected_plan(load_config(config, off), num_processes=1)
     assert held.denoiser_rows_per_epoch - free.denoiser_rows_per_epoch == 7 * held.optimizer_steps_per_epoch
     assert held.start_rows == 5 * 3 + 3 * 2 and free.start_rows == 0
     assert "14 denoising" in held.describe() and "21 once" in held.describe()
