@@ -17,7 +17,8 @@ FLOORS = {
     " policy path_kl displacement steering rollout steered contenders objectives regularization control",
     "ddpo.control": "problems diffusion solvers checks figures",
     "rewards": "base nearest clusters spread source process_state optional downloads card results reward description"
-    " loading construct registry requirements docstrings identity images models builtin combine preferences serving tools",
+    " loading construct registry requirements docstrings identity images models builtin combine preferences serving"
+    " tools",
     "trainers": "shipped_configs prompt_files prompts offline config parallel tracking run_folder scoring evaluation"
     " planning pretraining epoch analysis diagnosis report session evaluating exports loop checkup verification cli",
 }
