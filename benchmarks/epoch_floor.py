@@ -60,7 +60,7 @@ def floor(policy: Policy, plan: BatchPlan, prompts: list[str], *, penalised: boo
         for count in plan.units_per_update:
             for piece in torch.arange(count).split(plan.train_batch_size):
                 output = call(piece % len(prompts), piece % plan.num_steps)
-                if penalised:
+                if penalised and not plan.keeps_reference:
                     with policy.reference():
                         call(piece % len(prompts), piece % plan.num_steps)
                 output.float().square().mean().backward()

@@ -24,7 +24,7 @@ B is the batch, N the number of samples, T of steps, S of stochastic steps, P of
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,19 @@ def _visited_kl(policy: "Policy", trajectory: Trajectory) -> Tensor:
     """The KL to the reference of the policy's own noisy steps at a trajectory's states, (B, T) nats, 0 elsewhere."""
     states = {k: trajectory.state(k) for k in policy.schedule.stochastic_steps}
     steps = {k: policy(k, x, trajectory.condition) for k, x in states.items()}
-    return kl_to_reference(policy, states, trajectory.condition, steps, like=trajectory.final)
+    return kl_to_reference(policy, states, trajectory.condition, steps, like=trajectory.final).kl
+
+
+class ReferenceSteps(NamedTuple):
+    """What the pretrained model makes of steps.
+
+    Attributes:
+        kl: KL of the policy's steps to its own, (B, T) nats, 0 at other steps.
+        means: Mean of its own by step, (B, *latent).
+    """
+
+    kl: Tensor
+    means: dict[int, Tensor]
 
 
 @torch.no_grad()
@@ -93,8 +105,8 @@ def kl_to_reference(
     steps: Mapping[int, Gaussian],
     *,
     like: Tensor,
-) -> Tensor:
-    """KL of the given steps' distributions to the pretrained model's, (B, T) nats, 0 elsewhere.
+) -> ReferenceSteps:
+    """KL of the given steps' distributions to the pretrained model's.
 
     Switching the adapter off walks over all layers: it is done once for all steps.
 
@@ -105,11 +117,12 @@ def kl_to_reference(
         steps: The policy's distribution of x_{k+1} by step.
         like: A tensor of B rows; the result has its precision and device.
     """
-    kl = like.new_zeros(like.shape[0], policy.schedule.num_steps)
+    kl, means = like.new_zeros(like.shape[0], policy.schedule.num_steps), {}
     with policy.reference():
         for k, step in steps.items():
-            kl[:, k] = step.kl(policy(k, states[k], condition))
-    return kl
+            reference = policy(k, states[k], condition)
+            kl[:, k], means[k] = step.kl(reference), reference.mean
+    return ReferenceSteps(kl, means)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Sample b is a function of the policy, its condition and seeds[b]: not of the bat
 process that draws it (to the rounding of the network's batched kernels). B is the batch, T the number of steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ def rollout(
     with_kl: bool = False,
     keep: Keep = Keep.ALL,
     means: bool = False,
+    reference_means: bool = False,
     sites: Sites | None = None,
     gradient: bool = False,
     steer: Steer = UNSTEERED,
@@ -69,6 +70,7 @@ def rollout(
         with_kl: Whether to measure the KL to the pretrained model at every stochastic step: one more pass each.
         keep: Which states are stored.
         means: Whether the recorded means of the stochastic steps are stored as well.
+        reference_means: With `with_kl`, whether the pretrained model's means of these steps are.
         sites: Where states and recorded means are stored besides, as `visits` (`ddpo.path_kl`); not with a steering
             that resamples.
         gradient: Whether to record the graph of the whole chain, by the weights and the initial latents; the KL has
@@ -86,16 +88,17 @@ def rollout(
         for step in chain(policy, x, condition, noise, seeds, recorded=recorded, steer=steer):
             record.add(step)
         trained = recorded or policy
-        kl = kl_to_reference(trained, record.states, condition, record.steps, like=x) if with_kl else None
+        reference = kl_to_reference(trained, record.states, condition, record.steps, like=x) if with_kl else None
         return Trajectory(
             latents=record.latents(),
             log_probs=torch.stack(record.log_probs, dim=1),
-            kl=kl,
+            kl=None if reference is None else reference.kl,
             condition=condition,
             seeds=seeds,
             schedule=policy.schedule,
             visits=record.visits(),
-            means=record.means() if means else None,
+            means=record.stacked({k: step.mean for k, step in record.steps.items()}) if means else None,
+            reference_means=record.stacked(reference.means) if reference is not None and reference_means else None,
         )
 
 
@@ -201,10 +204,9 @@ class _Record:
         """The states that are kept, (B, S, *latent)."""
         return torch.stack([self.states[k] for k in self._kept], dim=1)
 
-    def means(self) -> Tensor:
+    def stacked(self, means: Mapping[int, Tensor]) -> Tensor:
         """The means of the stochastic steps, (B, stochastic steps, *latent)."""
-        means = [step.mean for step in self.steps.values()]
-        return torch.stack(means, dim=1) if means else self.states[self._kept[-1]][:, None][:, :0]
+        return torch.stack([*means.values()], dim=1) if means else self.states[self._kept[-1]][:, None][:, :0]
 
     def visits(self) -> Visits | None:
         """The states and means at the sites, by step; None for none."""

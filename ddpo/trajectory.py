@@ -142,6 +142,7 @@ class Trajectory:
         visits: States and means at the sites that were asked for, to estimate the KL from; None for none.
         means: Means of the recorded distributions at the stochastic steps, in their order, (B, stochastic steps,
             *latent); None if not kept. They wait where the latents do.
+        reference_means: The pretrained model's there; None if not kept. They wait where the latents do.
         contenders: At the last C stochastic steps, M next states from the same state, the chain's own first, (B, C, M,
             *latent); None for none. They wait where the latents do.
     """
@@ -154,6 +155,7 @@ class Trajectory:
     schedule: Schedule
     visits: Visits | None = None
     means: Tensor | None = None
+    reference_means: Tensor | None = None
     contenders: Tensor | None = None
 
     @property
@@ -168,6 +170,7 @@ class Trajectory:
             self,
             latents=pinned(self.latents),
             means=None if self.means is None else pinned(self.means),
+            reference_means=None if self.reference_means is None else pinned(self.reference_means),
             contenders=None if self.contenders is None else pinned(self.contenders),
             condition=self.condition.map(pinned),
         )
@@ -178,6 +181,7 @@ class Trajectory:
             self,
             latents=self.latents.to(device),
             means=None if self.means is None else self.means.to(device),
+            reference_means=None if self.reference_means is None else self.reference_means.to(device),
             contenders=None if self.contenders is None else self.contenders.to(device),
             condition=self.condition.to(device),
         )
@@ -209,7 +213,8 @@ class Trajectory:
             condition=self.condition.index(rows).to(device),
             seeds=self.seeds[rows.to(self.seeds.device)],
             visits=None,
-            means=None if self.means is None else fetch(self.means[rows.to(self.means.device)], device),
+            means=_rows(self.means, rows, device),
+            reference_means=_rows(self.reference_means, rows, device),
             contenders=None,
         )
 
@@ -225,6 +230,7 @@ class Trajectory:
             seeds=self.seeds[:count],
             visits=None,
             means=None if self.means is None else self.means[:count],
+            reference_means=None if self.reference_means is None else self.reference_means[:count],
             contenders=None,
         )
 
@@ -240,13 +246,21 @@ class Trajectory:
             seeds=torch.cat([part.seeds for part in parts]),
             schedule=first.schedule,
             visits=_visits_of_all(parts),
-            means=None if first.means is None else concatenate([p.means for p in parts if p.means is not None]),
-            contenders=(
-                None
-                if first.contenders is None
-                else concatenate([part.contenders for part in parts if part.contenders is not None])
-            ),
+            means=_of_all([part.means for part in parts]),
+            reference_means=_of_all([part.reference_means for part in parts]),
+            contenders=_of_all([part.contenders for part in parts]),
         )
+
+
+def _rows(kept: Tensor | None, rows: Tensor, device: torch.device) -> Tensor | None:
+    """The given samples' of what may be kept, on the device."""
+    return None if kept is None else fetch(kept[rows.to(kept.device)], device)
+
+
+def _of_all(kept: Sequence[Tensor | None]) -> Tensor | None:
+    """What is kept of all parts; None where it is not of every one."""
+    known = [part for part in kept if part is not None]
+    return concatenate(known) if len(known) == len(kept) else None
 
 
 def _visits_of_all(parts: Sequence[Trajectory]) -> Visits | None:

@@ -95,6 +95,8 @@ class Demand:
             alone, and all run in the training processes.
         keep: Which states of the chains it needs.
         means: Whether it needs the means that the steps with noise were sampled from.
+        reference_means: Whether its KL can take the pretrained model's means of the steps with noise from sampling,
+            where these are kept, in place of passes of its own.
         chain: Whether a unit is a chain of steps, so that a unit's memory and rows are those of several of them.
         chain_unit: Whether the last of a sample's units is a chain, from its first step without noise to the scored
             image, in which all of its steps are differentiated.
@@ -140,6 +142,7 @@ class Demand:
     reward_gradient: bool = False
     keep: Keep = Keep.FINAL
     means: bool = False
+    reference_means: bool = False
     chain: bool = False
     chain_unit: bool = False
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps

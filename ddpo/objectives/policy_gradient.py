@@ -27,7 +27,7 @@ Deviation from the papers: the KL term of later updates is taken at the states o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -36,9 +36,13 @@ from ddpo.objectives.experience import Experience
 from ddpo.objectives.surrogates import centred_log_ratio, masked_loss, ppo_loss, reinforce_loss
 from ddpo.objectives.unseen_steps import WithUnseenSteps, with_chain
 from ddpo.placement import fetch
+from ddpo.sampling.gaussian import Gaussian
 from ddpo.sampling.schedule import Schedule
 from ddpo.trajectory import Condition, Keep
 from ddpo.validation import check
+
+if TYPE_CHECKING:  # configurations are read without loading diffusers
+    from ddpo.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,7 @@ class PolicyGradientConfig:
                 likelihood=True,
                 keep=Keep.ALL,
                 means=masked or self.ratio == "guard",
+                reference_means=True,
                 joint_ratio=self.ratio == "joint" and not self.is_on_policy,
             ),
             surrogate=surrogate,
@@ -167,6 +172,7 @@ class Transitions:
         next_latents: x_{k+1}, (N, *latent).
         log_probs: log pi_old(x_{k+1} | x_k), (N,) nats.
         old_mean: Mean of pi_old(. | x_k), (N, *latent); None where it is not kept.
+        reference_mean: The pretrained model's, (N, *latent); None where it is not kept.
         advantages: (N,).
         kl_weight: (N,), see `Experience`.
         penalised: Whether the loss has a KL term.
@@ -179,6 +185,7 @@ class Transitions:
     next_latents: Tensor
     log_probs: Tensor
     old_mean: Tensor | None
+    reference_mean: Tensor | None
     advantages: Tensor
     kl_weight: Tensor
     penalised: bool
@@ -221,6 +228,7 @@ class PolicyGradient:
             next_latents=fetch(path.latents[rows, steps + 1], device),
             log_probs=path.log_probs[rows, steps],
             old_mean=None if path.means is None else fetch(path.means[rows, slots], device),
+            reference_mean=None if path.reference_means is None else fetch(path.reference_means[rows, slots], device),
             advantages=experience.advantages[rows, steps],
             kl_weight=experience.kl_weight[rows],
             penalised=experience.penalised,
@@ -246,14 +254,19 @@ class PolicyGradient:
         if moved is not None:
             metrics["old_kl_nats"] = moved
         if batch.penalised:
-            with policy.reference():
-                reference = policy(batch.steps, batch.latents, batch.condition)
-            kl = distribution.kl(reference)
+            kl = distribution.kl(self._reference(policy, batch, distribution))
             loss = loss + batch.kl_weight * kl
             metrics["step_kl_nats"] = kl.detach()
         if batch.weights is not None:
             loss = batch.weights * loss
         yield Loss(value=loss.mean() / dims, metrics=metrics, steps=batch.steps, drift=nats.abs())
+
+    def _reference(self, policy: "Policy", batch: Transitions, distribution: Gaussian) -> Gaussian:
+        """The pretrained model's step, of the same std: as sampling has found it, or by a pass of its own."""
+        if batch.reference_mean is not None:
+            return replace(distribution, mean=batch.reference_mean)
+        with policy.reference():
+            return policy(batch.steps, batch.latents, batch.condition)
 
 
 def noise_weights(schedule: Schedule, steps: Tensor) -> Tensor:

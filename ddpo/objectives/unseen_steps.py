@@ -39,7 +39,15 @@ def with_chain(demand: Demand) -> Demand:
         return demand.units(num_stochastic) + 1
 
     return replace(
-        demand, unit="term", units=units, reward_gradient=True, decodes=1, recomputed=True, varies=True, chain_unit=True
+        demand,
+        unit="term",
+        units=units,
+        reference_means=False,
+        reward_gradient=True,
+        decodes=1,
+        recomputed=True,
+        varies=True,
+        chain_unit=True,
     )
 
 

@@ -167,6 +167,7 @@ class Sampler:
                             with_kl=self.kl_of_all,
                             keep=self.demand.keep,
                             means=self.demand.means,
+                            reference_means=self.plan.keeps_reference,
                             sites=sites,
                             steer=reading,
                             latents=None if priors is seeds else policy.prior(priors),

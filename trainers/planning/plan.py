@@ -62,8 +62,11 @@ class BatchPlan:
         sampling_rows: Denoiser rows for sampling per epoch, over all processes.
         training_rows: Denoiser rows with backward pass per epoch, over all processes.
         reference_rows: Rows of other weights than the trained ones per epoch, over all processes: of the pretrained
-            denoiser for the KL, at every trained step when it has a weight, and at every sampled decision where that
-            needs it, else at 3% of the sampled steps; and of what an objective's losses ask frozen weights besides.
+            denoiser for the KL, at every trained step when it has a weight (but for `keeps_reference`), and at every
+            sampled decision where that needs it, else at 3% of the sampled steps; and of what an objective's losses ask
+            frozen weights besides.
+        frozen_passes: Passes of frozen weights that each training row takes besides.
+        keeps_reference: Whether what the pretrained network says in sampling is kept for training.
         steps_known: Whether the stochastic steps, and what follows from their number, are exact; else upper bounds.
         rows_known: Whether the rows are exact; else upper bounds.
         critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
@@ -100,6 +103,8 @@ class BatchPlan:
     sampling_rows: int
     training_rows: int
     reference_rows: int
+    frozen_passes: int
+    keeps_reference: bool = False
     steps_known: bool = True
     rows_known: bool = True
     critic_states: int = 0
@@ -257,6 +262,15 @@ def make_plan(
     contests = demand.contended(num_stochastic) * demand.contenders
     states = config.sampler.num_steps + len(config.shaping.steps) + contests
     steered = 1 if config.steer is None else config.steer.passes
+    sample_batches = in_step(samples, batch.sample_batch_size, most=most, sharded=sharded)
+    micro_batches = tuple(
+        in_step(samples * part, batch.train_batch_size, most=most * part, sharded=sharded) for part in shares
+    )
+    same_everywhere = batch.samples_per_epoch % num_processes == 0
+    alike = same_everywhere and len({*sample_batches, *(size for sizes in micro_batches for size in sizes)}) == 1
+    keeps_reference = alike and _finds_reference_anew(config)
+    frozen_passes = config.frozen_passes - keeps_reference
+    reference_rows = _sampled_reference_rows(config, num_stochastic, branches=trained_branches)
     return BatchPlan(
         num_processes=num_processes,
         rank=rank,
@@ -266,7 +280,7 @@ def make_plan(
         group_size=batch.group_size,
         groups_per_epoch=batch.samples_per_epoch // batch.group_size,
         samples_per_process=samples,
-        sample_batches=in_step(samples, batch.sample_batch_size, most=most, sharded=sharded),
+        sample_batches=sample_batches,
         num_steps=config.sampler.num_steps,
         num_stochastic=num_stochastic,
         branches=branches,
@@ -276,16 +290,16 @@ def make_plan(
         shares=shares,
         train_batch_size=batch.train_batch_size,
         units_per_update=tuple(samples * part for part in shares),
-        micro_batches=tuple(
-            in_step(samples * part, batch.train_batch_size, most=most * part, sharded=sharded) for part in shares
-        ),
+        micro_batches=micro_batches,
         updates_per_pass=demand.updates,
         passes=demand.passes,
         optimizer_steps_per_epoch=demand.updates * demand.passes,
         optimizer_steps_total=demand.updates * demand.passes * config.epochs,
         sampling_rows=0 if config.offline else batch.samples_per_epoch * states * steered * branches,
         training_rows=training_rows,
-        reference_rows=_reference_rows(config, num_stochastic, branches=trained_branches, training_rows=training_rows),
+        reference_rows=reference_rows + training_rows * frozen_passes,
+        frozen_passes=frozen_passes,
+        keeps_reference=keeps_reference,
         rows_known=not demand.varies and config.steer is None,
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
@@ -346,32 +360,36 @@ def check_whole_groups(plan: BatchPlan, *, who: str = "a reward", alone: bool = 
     )
 
 
-def _reference_rows(config: Config, num_stochastic: int, *, branches: int, training_rows: int) -> int:
-    """Those of every sampled decision where all are measured, else of a few sites; and those of training.
+def _finds_reference_anew(config: Config) -> bool:
+    """Whether training would find bit for bit what the pretrained network has said in sampling.
 
-    An objective that compares with the pretrained model has those of training too.
+    So it is in float32 and uncompiled, in calls of as many rows; other calls round in other ways, and the KL of
+    untrained weights would no longer be exactly 0.
+    """
+    exact = config.model.precision == "fp32" and not config.model.compile
+    return exact and config.measures_kl and config.demand.reference_means and config.steer is None
 
-    So are those by which it prepares an epoch.
+
+def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: int) -> int:
+    """Those of every sampled decision where all are measured, else of a few sites; and those that prepare an epoch.
 
     Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each. Steered
     samples have none.
     """
     samples, sampler = config.batch.samples_per_epoch, config.sampler
     if config.offline:
-        return training_rows * config.frozen_passes
+        return 0
     everything = replace(sampler, stochastic_steps=StepSelection()).max_stochastic_steps
     hidden = everything - num_stochastic if sampler.stochastic_steps != StepSelection() else 0
     full_noise = 2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden) if hidden else 0
     prepare = config.demand.prepare
-    in_training = training_rows * config.frozen_passes
-    if prepare is not None:
-        in_training += samples * prepare.rows(sampler.num_steps) * branches
+    preparing = 0 if prepare is None else samples * prepare.rows(sampler.num_steps) * branches
     if config.steer is not None:
-        return in_training
+        return preparing
     if config.measures_kl:
-        return (samples * num_stochastic + full_noise) * branches + in_training
+        return (samples * num_stochastic + full_noise) * branches + preparing
     own = count_sites(samples, num_steps=sampler.num_steps, num_stochastic=num_stochastic)
-    return (own + full_noise) * branches + in_training
+    return (own + full_noise) * branches + preparing
 
 
 def _check_updates(demand: Demand, units: int, num_stochastic: int) -> None:

@@ -171,8 +171,9 @@ def test_guidance_and_kl_change_the_rows():
     assert rows() == (320, 288, 8), "without a weight: 4 sites, 3% of 160 sampled steps"
     assert rows(guidance=1.0) == (160, 144, 4)
     assert rows(train_guidance="none") == (320, 144, 4)
-    assert rows(kl=0.1) == (320, 288, 576)
-    assert rows(kl=0.1, train_guidance="none") == (320, 144, 288)
+    assert rows(kl=0.1) == (320, 288, 288), "what the pretrained model says in sampling serves training too"
+    assert rows(kl=0.1, train_guidance="none") == (320, 144, 144)
+    assert rows(kl=0.1, train_batch=7) == (320, 288, 576), "calls of another size round in another way"
 
 
 def test_the_description_reads_as_a_table():
@@ -274,7 +275,8 @@ def test_a_bound_on_the_kl_is_a_weight_of_it(changes, weighs):
     config = dataclasses.replace(a_config(samples=160, steps=10), **changes)
     plan = make_plan(config, num_processes=1, num_stochastic=9)
     assert config.weighs_kl is weighs
-    assert plan.reference_rows == (2 * 160 * 9 + plan.training_rows if weighs else 2 * 48)
+    assert plan.keeps_reference is weighs
+    assert plan.reference_rows == (2 * 160 * 9 if weighs else 2 * 48)
 
 
 def test_guidance_doubles_no_rows_where_it_is_an_input_of_distilled_weights():

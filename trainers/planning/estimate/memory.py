@@ -347,7 +347,7 @@ def _assemble(
         per_sample[prepare.name] = each
         phases[prepare.name] = resident + idle + kept + plan.train_batch_size * each
     prepared = 0 if prepare is None else plan.images_per_epoch * prepare.rows(plan.num_steps)
-    in_training = plan.training_rows * config.frozen_passes
+    in_training = plan.training_rows * plan.frozen_passes
     elsewhere = in_training + prepared * (plan.branches if demand.guidance else 1)
     chains = plan.images_per_epoch * plan.passes * (plan.units_per_sample if demand.chain else demand.chain_unit)
     rows = plan.training_rows // (plan.branches if demand.guidance else 1)
@@ -404,7 +404,8 @@ def _kept_states(config: Config, plan: BatchPlan) -> int:
     states = plan.num_steps + 1 - config.demand.keep.first_state(plan.num_steps)
     prepare = config.demand.prepare
     made = 0 if prepare is None else prepare.kept_states(plan.num_stochastic)
-    return states + plan.num_stochastic * config.demand.means + made + _contests(config, plan)
+    means = plan.num_stochastic * (config.demand.means + plan.keeps_reference)
+    return states + means + made + _contests(config, plan)
 
 
 def _decodes(config: Config) -> bool:
