@@ -247,6 +247,8 @@ class EvaluationConfig:
         for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.forgetting >= 0, "forgetting", self.forgetting, "at least 0")
+        known = self.spread is None or self.spread in ("colour", "imagenet") or ":" in self.spread
+        check(known, "spread", self.spread, "colour, imagenet, your own as file.py:name, or null")
         never = self.stop_on_overoptimisation and self.every_epochs == 0
         cure = "at least 1 with stop_on_overoptimisation (it compares the evaluations of a run)"
         check(not never, "every_epochs", self.every_epochs, cure)
