@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from ddpo.pipeline.decoding import Decoder
 from ddpo.pipeline.denoiser import DTYPES, Denoiser, Precision
 from ddpo.pipeline.encoding import Encoder
 from ddpo.pipeline.image_encoding import ImageEncoder
+from ddpo.pipeline.input_images import Inputs
 from ddpo.pipeline.network import Network
 from ddpo.pipeline.offload import Offload
 from ddpo.pipeline.probing import Reading, read_pipeline, recorded_steps
@@ -129,7 +129,7 @@ class Model:
         )
 
     def _encoder(self, reading: Reading) -> Encoder:
-        def encode(prompts: Sequence[str], images: Sequence[Image] | None) -> Iterator[Condition]:
+        def encode(prompts: Sequence[str], images: Sequence[Inputs] | None) -> Iterator[Condition]:
             """The condition of each prompt, with its image where there are images, from a call of its own."""
             with self.offload.auxiliaries():
                 for row, prompt in enumerate(prompts):

@@ -368,6 +368,20 @@ class Policy:
         """
         return self._trained.using(weights, grad=grad)
 
+    def moving(self, direction: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The model whose outputs carry their derivative along a direction in the trained weights, in a `with` block.
+
+        Inside a `torch.autograd.forward_ad.dual_level`; `unpack_dual` of what is computed gives the derivative. The
+        graph by the trained weights is recorded as ever.
+
+        Args:
+            direction: Values for all of `trainable()`, by name.
+
+        Raises:
+            UserError: These are not the trained weights' names and shapes.
+        """
+        return self._trained.moving(direction)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return self._trained.trainable()

@@ -1,9 +1,9 @@
 """What passes between rewards and those who call them: scores, their errors, and the checks on both sides.
 
 A reward scores finished images. It is any callable `(images, prompts, metadata) -> scores`: images `(B, 3, H, W)`
-float32 in [0, 1], `B` prompts, `B` metadata dictionaries (whatever the prompt source attached), scores `(B,)`, higher
-is better. It may instead return a dictionary of such tensors in which `"score"` is the total and every other key a
-component to report. `rewards.reward` calls it.
+float32 in [0, 1], or videos `(B, F, 3, H, W)` where it declares `frames`, `B` prompts, `B` metadata dictionaries
+(whatever the prompt source attached), scores `(B,)`, higher is better. It may instead return a dictionary of such
+tensors in which `"score"` is the total and every other key a component to report. `rewards.reward` calls it.
 
 Legend: `B` batch.
 """
@@ -65,10 +65,10 @@ class Scores:
 
 
 def check_inputs(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
-    """Raises ValueError unless these are images in [0, 1] with one prompt and one metadata dictionary each."""
+    """Raises ValueError unless these are images or videos in [0, 1], each with a prompt and a metadata dictionary."""
     if not isinstance(images, Tensor):
         raise ValueError(f"images must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, 3, H, W), none of them 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide uint8 images by 255")

@@ -13,6 +13,7 @@ import torch
 from rewards.base import RewardError, RewardFunction, UserError
 from rewards.card import Card
 from rewards.description import described
+from rewards.frames import MIDDLE
 from rewards.loading import running
 from rewards.nearest import nearest
 from rewards.reward import Reward, describe_exception
@@ -31,6 +32,7 @@ class Registration:
         source: `module.name (file:line)`.
         card: Provenance, licence and typical scores.
         groupwise: Whether it scores one whole group of images at a time.
+        frames: Which frames of a video it takes.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Registration:
     source: str
     card: Card = Card()
     groupwise: bool = False
+    frames: str = MIDDLE
 
     @property
     def is_built_in(self) -> bool:
@@ -62,6 +65,7 @@ class Registration:
             description=self.description,
             source=self.source,
             groupwise=self.groupwise,
+            frames=self.frames,
         )
         return described(reward)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import Tensor
 
 from rewards.base import Metadata, UserError
+from rewards.frames import check_frames
 from rewards.reward import Reward
 
 
@@ -47,6 +48,7 @@ class Description:
         name: What it reports as.
         differentiable: Whether gradients reach the images.
         groupwise: Whether it is called with one whole group at a time.
+        frames: Which frames of a video it takes.
         range: Lowest and highest value.
         description: One sentence.
         source: Where it is defined, for messages.
@@ -59,6 +61,7 @@ class Description:
     name: str | None = None
     differentiable: bool | None = None
     groupwise: bool | None = None
+    frames: str | None = None
     range: tuple[float, float] | None = None
     description: str | None = None
     source: str | None = None
@@ -71,11 +74,13 @@ class Description:
                 raise UserError(f"Description: {field_name} must be True, False or None, got {value!r}")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise UserError(f"Description: name must be a non-empty text or None, got {self.name!r}")
+        if self.frames is not None:
+            check_frames(self.frames, "Description")
         check_range(self.range, "Description")
 
     def applied_to(self, reward: Reward) -> Reward:
         """The reward as described."""
-        fields = ("name", "differentiable", "groupwise", "range", "description", "source")
+        fields = ("name", "differentiable", "groupwise", "frames", "range", "description", "source")
         return replace(reward, **{name: value for name in fields if (value := getattr(self, name)) is not None})
 
 

@@ -24,6 +24,7 @@ from rewards.base import UserError
 from rewards.card import Card
 from rewards.construct import Registration, construct
 from rewards.description import check_range
+from rewards.frames import MIDDLE, check_frames
 from rewards.loading import load, load_file, running
 from rewards.nearest import nearest
 from rewards.reward import Reward, describe_exception
@@ -54,6 +55,8 @@ BUILT_IN = {
     "ocr": "rewards.builtin.ocr",
     "imagenet_class": "rewards.builtin.imagenet",
     "diversity": "rewards.builtin.diversity",
+    "motion_smoothness": "rewards.builtin.motion",
+    "framewise": "rewards.combine.framewise",
     "rank": "rewards.combine.rank",
     "win_rate": "rewards.combine.rank",
     "safety": "rewards.builtin.safety",
@@ -88,6 +91,7 @@ def register(
     description: str = "",
     card: Card | None = None,
     groupwise: bool = False,
+    frames: str = MIDDLE,
 ) -> Callable[[Target], Target]: ...
 def register(
     name: Target | str | None = None,
@@ -97,6 +101,7 @@ def register(
     description: str = "",
     card: Card | None = None,
     groupwise: bool = False,
+    frames: str = MIDDLE,
 ) -> Target | Callable[[Target], Target]:
     """Registers a reward function or class under a name; returns it unchanged.
 
@@ -107,6 +112,7 @@ def register(
         description: One sentence for `ddpo rewards list`; the docstring's first line when empty.
         card: Provenance, licence and typical scores for `ddpo rewards list --verbose`.
         groupwise: Whether it takes one whole group, the images of one prompt, at a time.
+        frames: Which frames of a video it takes: `middle`, a picture; `all` or `every N`, `(B, F, 3, H, W)`.
 
     Raises:
         UserError: The name is taken by another reward, or is not usable as a name.
@@ -124,6 +130,7 @@ def register(
             description=description,
             card=card,
             groupwise=groupwise,
+            frames=frames,
         )
         _add(noted)
         return target
@@ -222,8 +229,10 @@ def _describe(
     description: str = "",
     card: Card | None = None,
     groupwise: bool = False,
+    frames: str = MIDDLE,
 ) -> Registration:
     own_name = getattr(target, "__name__", type(target).__name__)
+    check_frames(frames, f"reward {name or own_name!r}")
     return Registration(
         name=own_name if name is None else name,
         target=target,
@@ -233,6 +242,7 @@ def _describe(
         source=_source(target),
         card=card or Card(),
         groupwise=groupwise,
+        frames=frames,
     )
 
 

@@ -26,6 +26,7 @@ from rewards.base import (
     group_rows,
     renumber_sample,
 )
+from rewards.frames import MIDDLE, chosen_frames
 from rewards.process_state import kept
 from rewards.results import read_scores
 
@@ -45,6 +46,7 @@ class Reward:
         description: One sentence.
         source: Where it is defined, for messages.
         groupwise: Whether `function` takes one whole group of images, of one prompt, at a time.
+        frames: Which frames of a video it takes (`rewards.frames`): one picture of each, or `(B, F, 3, H, W)`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Reward:
     description: str = ""
     source: str = ""
     groupwise: bool = False
+    frames: str = MIDDLE
 
     def __call__(
         self,
@@ -67,7 +70,7 @@ class Reward:
         """Scores images.
 
         Args:
-            images: `(B, 3, H, W)` floating point in [0, 1].
+            images: `(B, 3, H, W)` or `(B, F, 3, H, W)` floating point in [0, 1].
             prompts: The `B` prompts the images were drawn for.
             metadata: `B` dictionaries, empty where the prompt source gives none.
             groups: `B` ids, equal for images that a groupwise reward compares; by equal prompts when None.
@@ -110,6 +113,7 @@ class Reward:
         Raises:
             RewardError: As for `__call__`.
         """
+        images = chosen_frames(images, self.frames, reward=self.name)
         if not self.groupwise:
             return self._run(images, prompts, metadata)
         rows = group_rows(prompts, groups)

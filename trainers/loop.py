@@ -320,7 +320,7 @@ def _epochs(session: Session, threads: ThreadPoolExecutor) -> bool:
             out_of_time = _is_out_of_time(session)
             last = out_of_time or state.epoch == config.epochs
             _log(session, collected, report, clock, fitted=fitted, last=last)
-            session.progress.note_time(bar, state.counts.seconds / 60, config.max_minutes)
+            session.progress.note_time(bar, state.counts.seconds / 60, config.max_minutes, epochs=state.epoch)
             if collected.kl is not None:
                 state.follow_kl(collected.kl.held)
             if collected.credit is not None:

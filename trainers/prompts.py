@@ -20,9 +20,10 @@ from typing import ClassVar, cast, get_args
 
 import numpy as np
 
-from ddpo.pipeline.input_images import IMAGE, InputImageError, check_image, identity
+from ddpo.pipeline.input_images import InputImageError, check_image, identities, sources
 from ddpo.seeds import Purpose, one_seed, stream
 from ddpo.validation import check, misfit
+from trainers.metadata import unsendable
 from trainers.prompt_files import SUFFIXES, Entries, PromptError, is_file_name, open_dataset, read_file
 from trainers.shipped_configs import PROMPTS
 
@@ -67,16 +68,25 @@ class Prompt:
 
     Attributes:
         text: What the pipeline is given.
-        metadata: What rewards are given besides.
+        metadata: What rewards are given besides; numbers, at any depth, are finite.
+
+    Raises:
+        PromptError: A number of the metadata is not finite.
     """
 
     text: str
     metadata: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for key, value in self.metadata.items():
+            if (wrong := unsendable(value)) is not None:
+                raise PromptError(f"{key!r} {wrong}")
+
     @cached_property
     def group(self) -> str:
         """What tells it from other prompts: the text, and the input image where there is one."""
-        return f"{self.text} [{identity(self.metadata[IMAGE])}]" if IMAGE in self.metadata else self.text
+        images = identities(self.metadata)
+        return f"{self.text} [{images}]" if images else self.text
 
 
 def load_prompts(config: PromptConfig) -> list[Prompt]:
@@ -232,7 +242,7 @@ def to_prompt(entry: object, *, where: str, column: str = "prompt", folder: Path
         folder: Where relative paths of images start.
 
     Raises:
-        PromptError: It is something else, has no text, or an image that cannot be read.
+        PromptError: It is something else, has no text, a number that is not finite, or an image that cannot be read.
     """
     if isinstance(entry, str):
         entry = {column: entry}
@@ -251,19 +261,22 @@ def to_prompt(entry: object, *, where: str, column: str = "prompt", folder: Path
     for key, value in {column: text, **metadata}.items():
         if isinstance(value, str) and (wrong := misfit(value)):
             raise PromptError(f"{where}: {key!r} must be text without {wrong}")
-    if IMAGE in metadata:
-        metadata[IMAGE] = _input_image(metadata[IMAGE], where=where, folder=folder)
-    return Prompt(text=text, metadata=metadata)
+    for name, source in sources(metadata).items():
+        metadata[name] = _input_image(source, where=f"{where}: {name!r}", folder=folder)
+    try:
+        return Prompt(text=text, metadata=metadata)
+    except PromptError as error:
+        raise PromptError(f"{where}: {error}") from error
 
 
 def _input_image(source: object, *, where: str, folder: Path) -> object:
     """The image itself, or the absolute path of a readable file; relative paths start from `folder`."""
     if isinstance(source, str) and "://" in source:
-        raise PromptError(f"{where}: {IMAGE!r} must be a file on this machine, got {source!r}; download it first")
+        raise PromptError(f"{where} must be a file on this machine, got {source!r}; download it first")
     if isinstance(source, str | Path):
         source = str((folder / Path(source).expanduser()).absolute())
     try:
         check_image(source)
     except InputImageError as error:
-        raise PromptError(f"{where}: {IMAGE!r}: {error}") from error
+        raise PromptError(f"{where}: {error}") from error
     return source

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from torch import Tensor
 
 from ddpo.objectives.experience import Experience
+from ddpo.sampling.gaussian import Gaussian
 from ddpo.trajectory import Keep
 
 if TYPE_CHECKING:  # the configurations of objectives are read without loading diffusers
@@ -28,6 +29,7 @@ Score = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, object]]], Tensor
 Gather = Callable[[Tensor], Tensor]
 Batch = TypeVar("Batch")
 Surveyed = TypeVar("Surveyed", contravariant=True)
+Stepped = TypeVar("Stepped", contravariant=True)
 
 
 class Preparation(Protocol):
@@ -104,6 +106,8 @@ class Demand:
         decodes: Images of a unit that are decoded and scored with a graph.
         recomputed: Whether a chain's steps are computed again one by one in the backward pass, so that the activations
             of one alone are alive at a time.
+        spares: Whether samples may have no gradient at all, as the objective can tell before an epoch's first update
+            (`Sparing`): they are then not trained on.
         varies: Whether how often a unit calls the network is drawn: not with a network that is split over processes.
         old_policy: Decay of the average of weights that counts as the old policy, after n epochs in which it was
             updated; None where there is none.
@@ -123,6 +127,7 @@ class Demand:
             latents predicted from them, given their number.
         contenders: How many next states, the chain's own among them; 0 for none.
         survey: Whether losses need a mean over the whole update first (`Surveying`).
+        recorded: Whether its units are recorded steps with noise, whose Gaussians it gives (`Recorded`).
         joint_ratio: Whether updates after an epoch's first one weigh units by ratios of whole densities, into which the
             rounding of every latent dimension enters.
         prepare: What it makes of an epoch before the first update; None for nothing.
@@ -148,6 +153,7 @@ class Demand:
     graph_steps: Callable[[int], int] = lambda num_steps: num_steps
     decodes: int = 0
     recomputed: bool = False
+    spares: bool = False
     varies: bool = False
     old_policy: Callable[[int], float] | None = None
     prepare: Prepare | None = None
@@ -164,6 +170,7 @@ class Demand:
     contended: Callable[[int], int] = lambda num_stochastic: 0
     contenders: int = 0
     survey: bool = False
+    recorded: bool = False
     joint_ratio: bool = False
 
     @property
@@ -246,6 +253,29 @@ class Surveying(Protocol[Surveyed]):
 
     def survey(self, models: Models, batch: Surveyed) -> Tensor:
         """What is measured of each unit of a micro-batch, (N,)."""
+
+
+class Recorded(Protocol[Stepped]):
+    """An objective whose units are recorded steps with noise: what a trust region asks of them."""
+
+    def distribution(self, models: Models, batch: Stepped) -> Gaussian:
+        """The steps as the policy would take them now, N rows, with a graph."""
+
+    def improvement(self, models: Models, batch: Stepped, distribution: Gaussian) -> Tensor:
+        """What each step would now be worth, (N,): its derivative is that of the losses, up to a positive factor.
+
+        Args:
+            models: As for losses.
+            batch: The steps.
+            distribution: As the policy would take them now.
+        """
+
+
+class Sparing(Protocol):
+    """An objective that knows samples on which no work needs to be done."""
+
+    def idle(self, experience: Experience) -> Tensor:
+        """Of which samples no unit has a gradient in any update, (B,) bool on their device."""
 
 
 class ObjectiveConfig(Protocol):

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ddpo.objectives.base import Demand, Loss, Models
@@ -146,9 +147,11 @@ class PolicyGradientConfig:
                 passes=self.inner_epochs,
                 guidance=self.train_guidance == "same",
                 likelihood=True,
+                recorded=self.noise_free_steps == "ignored",
                 keep=Keep.ALL,
                 means=masked or self.ratio == "guard",
                 reference_means=True,
+                spares=True,
                 joint_ratio=self.ratio == "joint" and not self.is_on_policy,
             ),
             surrogate=surrogate,
@@ -236,6 +239,12 @@ class PolicyGradient:
             condition=path.condition.index(rows).to(device),
         )
 
+    def idle(self, experience: Experience) -> Tensor:
+        """Those without advantage at any step, as all of a group of equal scores; none where the KL has a weight."""
+        if experience.penalised:
+            return torch.zeros_like(experience.kl_weight, dtype=torch.bool)
+        return (experience.advantages == 0).all(dim=1)
+
     def losses(self, models: Models, batch: Transitions) -> Iterator[Loss]:
         """The surrogate, and the KL penalty where it has a weight."""
         policy = models.policy
@@ -260,6 +269,17 @@ class PolicyGradient:
         if batch.weights is not None:
             loss = batch.weights * loss
         yield Loss(value=loss.mean() / dims, metrics=metrics, steps=batch.steps, drift=nats.abs())
+
+    def distribution(self, models: Models, batch: Transitions) -> Gaussian:
+        """The policy's at the recorded states."""
+        return models.policy(batch.steps, batch.latents, batch.condition)
+
+    def improvement(self, models: Models, batch: Transitions, distribution: Gaussian) -> Tensor:
+        """A pi / pi_old less the weighted KL, whatever ratio and bound the losses have."""
+        worth = batch.advantages * (distribution.log_prob(batch.next_latents) - batch.log_probs).exp()
+        if batch.penalised:
+            worth = worth - batch.kl_weight * distribution.kl(self._reference(models.policy, batch, distribution))
+        return worth if batch.weights is None else batch.weights * worth
 
     def _reference(self, policy: "Policy", batch: Transitions, distribution: Gaussian) -> Gaussian:
         """The pretrained model's step, of the same std: as sampling has found it, or by a pass of its own."""

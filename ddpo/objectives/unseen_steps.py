@@ -43,6 +43,7 @@ def with_chain(demand: Demand) -> Demand:
         unit="term",
         units=units,
         reference_means=False,
+        spares=False,
         reward_gradient=True,
         decodes=1,
         recomputed=True,

@@ -6,7 +6,8 @@ Pipelines differ in the names of the same few things; they are read from the sig
     guidance   `guidance_scale`; `true_cfg_scale` with negative prompts where `guidance_scale` is only the input of
                guidance-distilled weights and is left out by default (Qwen-Image); the `guider`, a component, where the
                call has no scale (HunyuanVideo 1.5)
-    images     `image`, one a prompt, of a pipeline that edits (FLUX Kontext, Qwen-Image-Edit)
+    images     `image`, `control_image`, `mask_image`, one a prompt, of a pipeline that edits or follows a picture
+               (FLUX Kontext, FLUX Control, FLUX Fill)
 """
 
 import inspect
@@ -16,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModelMixin
-from PIL.Image import Image
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 
 from ddpo.pipeline.foreign_inputs import check_inputs
-from ddpo.pipeline.input_images import DEFAULT_SIDE, IMAGE
+from ddpo.pipeline.input_images import DEFAULT_SIDE, INPUT_NAMES, MASK, Inputs
 from ddpo.pipeline.tracing import UntraceableError, replaced
 from ddpo.sampling.samplers import SamplerConfig
 from ddpo.validation import FieldError
@@ -43,8 +43,8 @@ class PipelineCall:
         num_steps: Denoising steps.
         guidance_scale: Guidance as the pipeline defines it.
         fixed: Arguments that are always the same, such as height and width.
-        image_size: (width, height) of the input image that belongs to every prompt, in pixels; None for a pipeline
-            from prompts alone.
+        inputs: Names of the input images that belong to every prompt; empty for a pipeline from prompts alone.
+        image_size: Their (width, height) in pixels; None without.
         no_images: Why there are no input images, for messages; empty with them.
         batch: Whether it takes any number of prompts, a list of one, or one that is in no list; images alike.
         negative: Whether it needs a negative prompt to guide.
@@ -55,6 +55,7 @@ class PipelineCall:
     num_steps: int
     guidance_scale: float
     fixed: Mapping[str, object]
+    inputs: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
     no_images: str = ""
     batch: Batch = "any"
@@ -70,7 +71,7 @@ class PipelineCall:
         prompts: Sequence[str],
         *,
         output_type: str,
-        images: Sequence[Image] | None = None,
+        images: Sequence[Inputs] | None = None,
         generator: torch.Generator | None = None,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -80,7 +81,7 @@ class PipelineCall:
         Args:
             prompts: B texts.
             output_type: `latent` for final latents, `pt` for images in [0, 1].
-            images: B input images of `image_size`; with an `image_size` only, and needed there.
+            images: The `inputs` of B prompts, of `image_size`; with an `image_size` only, and needed there.
             generator: Of the initial latents.
             num_steps: Default as configured.
             guidance_scale: Default as configured.
@@ -94,8 +95,8 @@ class PipelineCall:
         assert (images is None) == (self.image_size is None), "one image a prompt, or none"
         assert not self.alone or len(prompts) == 1, "one prompt at a time"
         each: dict[str, list[object]] = {"prompt": list(prompts)} if self.prompts == "prompt" else {}
-        if images is not None:
-            each[IMAGE] = list(images)
+        for name in self.inputs:
+            each[name] = [one[name] for one in images or ()]
         if scale > 1 and (self.negative or self.guidance == "true_cfg_scale"):
             each["negative_prompt"] = [BLANK] * len(prompts)
         given.update({name: values[0] if self.batch == "scalar" else values for name, values in each.items()})
@@ -127,10 +128,10 @@ def read_call(
         pipeline: The stock pipeline.
         denoiser: Its denoiser.
         sampler: Steps, guidance and sizes.
-        no_images: Why a pipeline that takes an `image` is to be called without; empty to give it one a prompt.
+        no_images: Why a pipeline that takes images is to be called without; empty to give it one a prompt.
 
     Raises:
-        UntraceableError: It takes neither prompts nor a batch size, or needs a mask or a noised image.
+        UntraceableError: It takes neither prompts nor a batch size, or starts from a noised image.
         UserError: The sampler sets something that the pipeline does not take.
     """
     name, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
@@ -142,33 +143,44 @@ def read_call(
         "height": sampler.height, "width": sampler.width, "num_frames": sampler.num_frames,
         "guidance_rescale": sampler.guidance_rescale or None,
     }  # fmt: skip
-    image = IMAGE in parameters and not no_images
+    inputs = () if no_images else tuple(name for name in INPUT_NAMES if name in parameters)
     fixed: dict[str, object] = {}
     for option, value in options.items():
         own = next((known for known in SYNONYMS.get(option, (option,)) if known in parameters), None)
-        if value is None or (own is None and option in SIDES and image):
+        if value is None or (own is None and option in SIDES and inputs):
             continue  # where there is no such option, a picture has its input image's size
         if own is None:
             raise FieldError(f"sampler.{option}", value, f"left out with {name}, which takes no {option}")
         fixed[own] = value
     if "use_resolution_binning" in parameters and {"height", "width"} <= set(fixed):
         fixed["use_resolution_binning"] = False  # else a size that was asked for becomes the nearest of a table
+    if MASK in inputs and "strength" in parameters:
+        fixed["strength"] = 1.0  # from noise alone
     call = PipelineCall(
         prompts=prompts,
         guidance=_guidance(pipeline, parameters, denoiser),
         num_steps=sampler.num_steps,
         guidance_scale=sampler.guidance_scale,
         fixed=fixed,
+        inputs=inputs,
         no_images=no_images or f"{name} takes no image",
     )
-    size = (sampler.width or DEFAULT_SIDE, sampler.height or DEFAULT_SIDE)
-    return _with_images(call, parameters, size) if image else call
+    side = _own_side(pipeline, denoiser)
+    size = (sampler.width or side, sampler.height or side)
+    return _with_images(call, parameters, size) if inputs else call
+
+
+def _own_side(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> int:
+    """Pixels of a square picture where the sampler does not say: what a UNet is made for."""
+    side = denoiser.config.get("sample_size")
+    is_unet = isinstance(denoiser, UNet2DConditionModel) and isinstance(side, int)
+    return side * pipeline.vae_scale_factor if is_unet and hasattr(pipeline, "vae_scale_factor") else DEFAULT_SIDE
 
 
 def _with_images(
     call: PipelineCall, parameters: Mapping[str, inspect.Parameter], image_size: tuple[int, int]
 ) -> PipelineCall:
-    """The call with an input image of the size of the pictures for every prompt."""
+    """The call with input images of the size of the pictures for every prompt."""
     width, height = image_size
     size = {"height": height, "width": width}
     fixed = {**call.fixed, **{side: pixels for side, pixels in size.items() if side in parameters}}

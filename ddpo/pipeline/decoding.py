@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpo.pipeline.call import BLANK, PipelineCall
 from ddpo.pipeline.nested import first_output
 from ddpo.pipeline.offload import Offload
+from ddpo.pipeline.posterior import without_spread
 from ddpo.pipeline.tracing import hollowed, replaced, step_output
 from ddpo.validation import FieldError
 
@@ -106,7 +107,9 @@ class Decoder:
         count, size = latents.shape[0], self._call.image_size
         arguments = self._call.arguments(
             [self._prompt] * count,
-            images=[Image.new("RGB", size, self._color)] * count if size else None,
+            images=[{name: Image.new("RGB", size, self._color) for name in self._call.inputs}] * count
+            if size
+            else None,
             output_type="pt",
             generator=torch.Generator().manual_seed(torch.initial_seed()),  # of latents that the tail does not see
             guidance_scale=UNGUIDED,
@@ -174,7 +177,9 @@ class Decoder:
         """The encoding of the input images, computed once per batch size: nor does it depend on this."""
         if pixels.shape not in self._encoded_images:
             with torch.no_grad():
-                self._encoded_images[pixels.shape] = type(vae).encode(vae, pixels, *arguments, **options)
+                self._encoded_images[pixels.shape] = without_spread(
+                    type(vae).encode(vae, pixels, *arguments, **options)
+                )
         return self._encoded_images[pixels.shape]
 
     def _differentiable(self, vae: ModelMixin | None) -> ModelMixin | None:

@@ -51,7 +51,7 @@ class Denoiser:
         self._expert_times = torch.empty(0)
         self._names = call_names(network.module)
         self._listed = False
-        self._time_shape: tuple[int, ...] = ()
+        self._time_share: Tensor | None = None
         self._one_time = False
 
     @property
@@ -80,7 +80,7 @@ class Denoiser:
         self.place = find_place(two)
         call = two.calls[0]
         self._listed = call.listed
-        self._time_shape = tuple(call.timestep.shape[1:]) if call.timestep.ndim > 1 else ()
+        self._time_share = _time_share(type(self.module).__name__, two) if call.timestep.ndim > 1 else None
         self._one_time = call.timestep.shape == (1,) and call.latents.shape[0] > 1
 
     def learn_experts(self, steps: Sequence[Step]) -> None:
@@ -93,7 +93,7 @@ class Denoiser:
             raise UntraceableError("the pipeline calls both of its networks in one step; one of them must do")
         if steps[0].calls[0].expert:
             self.experts = tuple(step.calls[0].expert for step in steps)
-            self._expert_times = torch.stack([step.calls[0].timestep.flatten()[0].float().cpu() for step in steps])
+            self._expert_times = torch.stack([step.calls[0].timestep.amax().float().cpu() for step in steps])
 
     def expert_of(self, k: int) -> str:
         """The network that makes step k; empty where there is one."""
@@ -212,7 +212,10 @@ class Denoiser:
         """The timestep in the shape that the pipeline gives it in."""
         if self._one_time and _is_one(time):
             return time[:1]
-        return time[:, None].expand(-1, *self._time_shape) if self._time_shape else time
+        if self._time_share is None:
+            return time
+        share = self._time_share.to(time.device, time.dtype)
+        return time.reshape(-1, *[1] * share.ndim) * share
 
     def _of_noise(self, output: Tensor) -> Tensor:
         output = self.place.noisy(output)
@@ -240,6 +243,22 @@ def padded_pieces(rows: int, sizes: Sequence[int]) -> list[Tensor]:
 def _joined(parts: Sequence[Branches]) -> Branches:
     negatives = [negative for negative, _ in parts if negative is not None]
     return (torch.cat(negatives) if negatives else None), torch.cat([positive for _, positive in parts])
+
+
+def _time_share(network: str, step: Step) -> Tensor:
+    """What part of a sample's time each of its tokens is at: 1 where it is noisy, 0 where it is given.
+
+    Raises:
+        UntraceableError: It is not the same for all samples.
+    """
+    times = step.calls[0].timestep.cpu()
+    whole = times.flatten(1).amax(1)
+    if not torch.equal(times[:1].expand_as(times), times) or not whole.all():
+        raise UntraceableError(f"{network} is given times that differ from sample to sample within one step")
+    share = times[0] / whole[0]
+    if not ((share == 0) | (share == 1)).all():
+        raise UntraceableError(f"{network} is given several times in one sample, and a policy's latents have one")
+    return share
 
 
 def _is_one(time: Tensor) -> bool:

@@ -7,12 +7,11 @@ must not depend on which prompts came before it, so that a run can be resumed an
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from ddpo import ragged
 from ddpo.pipeline.call import PipelineCall
-from ddpo.pipeline.input_images import IMAGE, fit, identity, read_image, rewards_metadata
+from ddpo.pipeline.input_images import Inputs, fit, identities, read_image, rewards_metadata, sources
 from ddpo.pipeline.lru import Recent
 from ddpo.pipeline.tracing import UntraceableError
 from ddpo.trajectory import Condition
@@ -21,7 +20,7 @@ from ddpo.validation import UserError
 REMEMBERED_BYTES = 2 * 2**30  # of encodings, and as much of input images
 
 Key = tuple[str, str]
-"""A text and the identity of its image, empty without one."""
+"""A text and the identities of its images, empty without one."""
 
 Branches = tuple[dict[str, Tensor], dict[str, Tensor]]
 """The tensors of one prompt: of the conditional and of the unconditional branch."""
@@ -32,7 +31,7 @@ class Encoder:
 
     def __init__(
         self,
-        encode: Callable[[Sequence[str], Sequence[Image] | None], Iterator[Condition]],
+        encode: Callable[[Sequence[str], Sequence[Inputs] | None], Iterator[Condition]],
         name: str,
         call: PipelineCall,
         *,
@@ -54,7 +53,7 @@ class Encoder:
         self._store = store
         self._device = device
         self._branches: Recent[Key, Branches] = Recent(REMEMBERED_BYTES)
-        self._images: Recent[str, Image] = Recent(REMEMBERED_BYTES)
+        self._images: Recent[str, Inputs] = Recent(REMEMBERED_BYTES)
         self._negative: dict[str, Tensor] = {}
         self._shapes: dict[tuple[str, str], torch.Size] = {}
 
@@ -95,33 +94,36 @@ class Encoder:
                 f"there must be one dictionary of metadata for each of {len(prompts)} prompts, got {len(metadata)}; "
                 "leave metadata out for empty ones"
             )
-        edits = self._call.image_size is not None
         for prompt, entry in zip(prompts, metadata, strict=True):
-            if edits and IMAGE not in entry:
+            missing = next((name for name in self._call.inputs if name not in entry), None)
+            if missing is not None:
+                example = ", ".join(f'"{name}": "photo.png"' for name in self._call.inputs)
                 raise UserError(
-                    f"{self._name} edits an input image, but the prompt {prompt!r} comes without one: give it the key "
-                    '`image`, a file, e.g. {"prompt": "make it snow", "image": "photo.png"} in a .jsonl source'
+                    f"{self._name} takes an input image, but the prompt {prompt!r} comes without one: give it the key "
+                    f'`{missing}`, a file, e.g. {{"prompt": "make it snow", {example}}} in a .jsonl source'
                 )
-            if not edits and IMAGE in entry:
+            unused = next((name for name in sources(entry) if name not in self._call.inputs), None)
+            if unused is not None:
+                why = self._call.no_images or f"{self._name} takes {' and '.join(self._call.inputs)}"
                 raise UserError(
-                    f"the prompt {prompt!r} comes with an input image, which cannot be used: {self._call.no_images}; "
-                    "leave out the key `image`, or choose a pipeline that edits, such as FLUX Kontext"
+                    f"the prompt {prompt!r} comes with an input image `{unused}`, which cannot be used: {why}; "
+                    f"leave out the key `{unused}`, or choose a pipeline that edits, such as FLUX Kontext"
                 )
 
     def _read(
         self, names: Sequence[str], metadata: Sequence[Mapping[str, object]], size: tuple[int, int]
-    ) -> dict[str, Image]:
-        """The input images by their names, at one size."""
-        images: dict[str, Image] = {}
+    ) -> dict[str, Inputs]:
+        """The input images of the prompts by their identities, at one size."""
+        images: dict[str, Inputs] = {}
         for name, entry in dict(zip(names, metadata, strict=True)).items():
-            image = self._images.get(name)
-            if image is None:
-                image = fit(read_image(entry[IMAGE]), size)
-                self._images.put(name, image, len(image.getbands()) * size[0] * size[1])
-            images[name] = image
+            found = self._images.get(name)
+            if found is None:
+                found = {key: fit(read_image(source), size) for key, source in sources(entry).items()}
+                self._images.put(name, found, len(found) * 3 * size[0] * size[1])
+            images[name] = found
         return images
 
-    def _known(self, keys: Collection[Key], images: Mapping[str, Image] | None) -> dict[Key, Branches]:
+    def _known(self, keys: Collection[Key], images: Mapping[str, Inputs] | None) -> dict[Key, Branches]:
         """The encodings of all keys; those that are not remembered are made."""
         known = {key: branches for key in keys if (branches := self._branches.get(key)) is not None}
         missing = [key for key in keys if key not in known]
@@ -164,8 +166,8 @@ def _given(prompts: Sequence[str], metadata: Sequence[Mapping[str, object]] | No
 
 
 def _names(metadata: Sequence[Mapping[str, object]]) -> list[str]:
-    """The identities of the input images, empty without one."""
-    return [identity(entry[IMAGE]) if IMAGE in entry else "" for entry in metadata]
+    """The identities of each prompt's input images, empty without one."""
+    return [identities(entry) for entry in metadata]
 
 
 def _first_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

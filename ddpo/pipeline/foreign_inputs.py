@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from ddpo.pipeline.input_images import IMAGE
+from ddpo.pipeline.input_images import IMAGE, INPUT_NAMES, MASK
 from ddpo.pipeline.tracing import UntraceableError
 
-FOREIGN_INPUTS = ("mask_image", "control_image", "init_image")
+FOREIGN_INPUTS = ("init_image", "control_mask")
 CONTROL_PARTS = ("controlnet", "adapter")  # networks that read a picture of their own
 INPUT_WORDS = ("video", "image", "mask", "frames", "control", "pose", "audio", "reference", "trajectory", "camera")
 OPTION_WORDS = (
@@ -50,7 +50,7 @@ def check_inputs(
         raise UntraceableError(
             f"{name} is steered by a picture for its {control[0]} besides a prompt; take the model's pipeline without"
         )
-    if IMAGE in parameters and "strength" in parameters:
+    if IMAGE in parameters and MASK not in parameters and "strength" in parameters:
         raise UntraceableError(f"{name} starts from an image with noise on it (strength); a policy starts from noise")
     if IMAGE in parameters and "prompt" not in parameters:
         raise UntraceableError(f"{name} makes its pictures of an image without a prompt; a policy starts from prompts")
@@ -78,7 +78,7 @@ def more_inputs(pipeline: DiffusionPipeline) -> str:
         name
         for name, parameter in parameters.items()
         if parameter.default is None
-        and name not in (IMAGE, "image_embeds")
+        and name not in (*INPUT_NAMES, "image_embeds")
         and any(word in name for word in INPUT_WORDS)
         and not any(word in name for word in OPTION_WORDS)
     ]

@@ -81,7 +81,8 @@ def _listed(form: Form, rows: int, device: torch.device, call: int) -> object:
 def unhooked(denoiser: nn.Module) -> Iterator[None]:
     """Hooks around a hollow forward, which gather or move weights, do not run: no weight is used.
 
-    Those that gather split weights need all processes, which need not encode the same prompts at the same time.
+    Those that gather split weights need all processes, which need not encode the same prompts at the same time, and of
+    which one alone decodes pictures to show.
     """
     before, after = denoiser._forward_pre_hooks, denoiser._forward_hooks
     object.__setattr__(denoiser, "_forward_pre_hooks", OrderedDict())

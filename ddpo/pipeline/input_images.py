@@ -1,7 +1,8 @@
-"""Input images of pipelines that edit: read, brought to one size, told apart.
+"""Input images of pipelines that edit or follow a picture: read, brought to one size, told apart.
 
-A prompt's metadata carries its image under `image`, as a file or a PIL image. All images of a policy are cropped at the
-centre and resized to the size of the pictures it makes, since the rows of a batch share one grid of positions.
+A prompt's metadata carries its images under the pipeline's own names of them (`image`, `control_image`, `mask_image`),
+as files or PIL images. All images of a policy are cropped at the centre and resized to the size of the pictures that it
+makes, since the rows of a batch share one grid of positions.
 """
 
 import hashlib
@@ -15,12 +16,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddpo.validation import UserError
 
 IMAGE = "image"
-IMAGE_PATH = "image_path"
+MASK = "mask_image"
+INPUT_NAMES = (IMAGE, "control_image", MASK)
 DEFAULT_SIDE = 1024  # pixels of a square picture, where the sampler does not say: what editing pipelines are trained on
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: a small file can hold a huge flat picture
 
 Source = str | Path | Image.Image
+Inputs = Mapping[str, Image.Image]
+"""The input images of one prompt by the pipeline's names of them."""
 
 
 class InputImageError(UserError):
@@ -87,6 +91,24 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
+def sources(metadata: Mapping[str, object]) -> dict[str, object]:
+    """The input images that a prompt's metadata carries, as they are written there, by their names."""
+    return {name: metadata[name] for name in INPUT_NAMES if name in metadata}
+
+
+def first_input(metadata: Mapping[str, object]) -> object:
+    """The input image that is shown beside a prompt's picture, as it is written; None for none."""
+    return next(iter(sources(metadata).values()), None)
+
+
+def identities(metadata: Mapping[str, object]) -> str:
+    """What tells a prompt's input images from others; empty without one."""
+    return ", ".join(
+        identity(source) if name == IMAGE else f"{name}: {identity(source)}"
+        for name, source in sources(metadata).items()
+    )
+
+
 def identity(source: object) -> str:
     """A text that is equal for equal images: the path of a file, what `read_image` makes of a PIL image."""
     if isinstance(source, Image.Image):
@@ -96,18 +118,17 @@ def identity(source: object) -> str:
     return str(source)
 
 
-def rewards_metadata(metadata: Mapping[str, object], image: Image.Image) -> dict[str, object]:
+def rewards_metadata(metadata: Mapping[str, object], images: Inputs) -> dict[str, object]:
     """Metadata as rewards see it: `image` is what the pipeline was given, `image_path` the file it came from."""
-    source = metadata[IMAGE]
-    path = {} if isinstance(source, Image.Image) else {IMAGE_PATH: str(source)}
-    return {**metadata, **path, IMAGE: image}
+    given = {name: source for name, source in sources(metadata).items() if name in images}
+    paths = {f"{name}_path": str(source) for name, source in given.items() if not isinstance(source, Image.Image)}
+    return {**metadata, **paths, **images}
 
 
 def inputs_of(metadata: Sequence[Mapping[str, object]], size: tuple[int, int]) -> list[Image.Image] | None:
-    """The input images of prompts at `size` = (width, height), to be shown; None where prompts come without."""
-    if not all(IMAGE in entry for entry in metadata):
-        return None
-    return [fit(read_image(entry[IMAGE]), size) for entry in metadata]
+    """The first input image of each prompt at `size` = (width, height), to be shown; None where some come without."""
+    found = [first_input(entry) for entry in metadata]
+    return None if None in found else [fit(read_image(source), size) for source in found]
 
 
 def probe_images(count: int, size: tuple[int, int]) -> list[Image.Image]:
@@ -121,6 +142,12 @@ def probe_images(count: int, size: tuple[int, int]) -> list[Image.Image]:
     across = Image.linear_gradient("L").rotate(90).resize(size)
     down = Image.linear_gradient("L").resize(size)
     return [Image.merge("RGB", (across, down, Image.new("L", (width, height), 37 * i % 256))) for i in range(count)]
+
+
+def probe_inputs(names: Sequence[str], count: int, size: tuple[int, int]) -> list[dict[str, Image.Image]]:
+    """Such images for the inputs of so many prompts by their names, all but the first one mirrored."""
+    images = probe_images(count, size)
+    return [{name: ImageOps.mirror(image) if turn else image for turn, name in enumerate(names)} for image in images]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,11 +6,10 @@ from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
 
 from ddpo.pipeline.call import PipelineCall
 from ddpo.pipeline.foreign_inputs import more_inputs
-from ddpo.pipeline.input_images import probe_images
+from ddpo.pipeline.input_images import IMAGE, Inputs, probe_inputs
 from ddpo.pipeline.latent_place import BESIDE, find_place
 from ddpo.pipeline.nested import same
 from ddpo.pipeline.tracing import Step, UntraceableError, first_line
@@ -26,7 +25,7 @@ class Trace(Protocol):
     def __call__(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image] | None,
+        images: Sequence[Inputs] | None,
         *,
         num_steps: int | None = None,
         hollow: bool = True,
@@ -69,7 +68,7 @@ def probe(pipeline: DiffusionPipeline, denoiser: ModelMixin, call: PipelineCall,
     name = type(pipeline).__name__
 
     def tried(count: int, num_steps: int | None = None, *, hollow: bool = True) -> list[Step]:
-        images = probe_images(count, call.image_size) if call.image_size else None
+        images = probe_inputs(call.inputs, count, call.image_size) if call.image_size else None
         rows = slice(count - 1 if call.alone else 0, count)
         return run(PROBE_PROMPTS[rows], images and images[rows], num_steps=num_steps, hollow=hollow)
 
@@ -83,7 +82,8 @@ def probe(pipeline: DiffusionPipeline, denoiser: ModelMixin, call: PipelineCall,
     except (UntraceableError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the pipeline's own code raises, it cannot be called like this
-        given = "prompts, an image for each, and noise" if call.image_size else "prompts and noise alone"
+        inputs = "an image" if call.inputs == (IMAGE,) else " and ".join(call.inputs)
+        given = f"prompts, {inputs} for each, and noise" if inputs else "prompts and noise alone"
         sizes = [str(call.fixed[side]) for side in ("width", "height") if side in call.fixed]
         size = f" at {'x'.join(sizes)} pixels" if sizes else ""
         raise UntraceableError(
@@ -111,6 +111,11 @@ def _check_steps(name: str, one: Step, steps: Sequence[Step], three: Step) -> No
     changing = next((argument for step in steps for argument in differing(first, step)), None)
     if changing is not None:
         raise UntraceableError(f"{name} changes {changing} of its denoiser from step to step; it must stay the same")
+    if any(not torch.equal(step.sample, first.sample) for step in steps):
+        raise UntraceableError(
+            f"{name} changes the latents between its scheduler's steps, as those that keep a part of an image do whose "
+            "network sees no mask; a policy's chain is the scheduler's alone"
+        )
     if any(not torch.equal(step.model_output, first.model_output) for step in steps):
         raise UntraceableError(
             f"{name} guides differently at different steps: of the same denoiser outputs it makes others; one rule "

@@ -9,19 +9,21 @@ from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from PIL.Image import Image
+from PIL import ImageOps
 from torch import Tensor
 
 from ddpo.pipeline.call import Batch, PipelineCall, read_call
 from ddpo.pipeline.denoiser import Denoiser
 from ddpo.pipeline.guidance import GuidanceRule, find_rules, rounding
-from ddpo.pipeline.input_images import probe_images
+from ddpo.pipeline.input_images import Inputs, probe_inputs
+from ddpo.pipeline.posterior import posterior_means
 from ddpo.pipeline.probes import PROBE_PROMPTS, Probes, differing, probe
 from ddpo.pipeline.scheduler import check_sampler, clip_range, noise_grid, prediction_type
 from ddpo.pipeline.tracing import Step, UntraceableError, trace
 from ddpo.sampling.samplers import SamplerConfig, make_schedule
 from ddpo.sampling.schedule import PredictionType, Schedule
 from ddpo.trajectory import Condition
+from ddpo.validation import UserError
 
 _LOG = logging.getLogger(__name__)
 BATCH_ROUNDING = 32  # how much more than a repeated call a batch may differ from its rows alone
@@ -74,7 +76,7 @@ def read_pipeline(
         _check_chance(pipeline, denoiser.module, call, probes.one)
     steps = probes.steps
     kind = prediction_type(pipeline.scheduler)
-    times = torch.stack([step.calls[0].timestep.flatten()[0] for step in steps])
+    times = torch.stack([step.calls[0].timestep.amax() for step in steps])
 
     def schedule(sampler: SamplerConfig) -> Schedule:
         scheduler = pipeline.scheduler
@@ -162,8 +164,15 @@ def _confirmed(
 
 
 def _check_chance(pipeline: DiffusionPipeline, module: ModelMixin, call: PipelineCall, one: Step) -> None:
-    """Refuses a pipeline that draws more than its initial latents: what is encoded is the same for all samples."""
-    images = probe_images(1, call.image_size) if call.image_size else None
+    """Refuses a pipeline that draws more than its initial latents, or that draws these around an image."""
+    images = probe_inputs(call.inputs, 1, call.image_size) if call.image_size else None
+    if call.image_size:
+        turned = [{name: ImageOps.flip(image) for name, image in inputs.items()} for inputs in images or ()]
+        (seen,) = recorded_steps(pipeline, module, call, PROBE_PROMPTS[:1], turned, num_steps=1)
+        if not torch.equal(seen.sample, one.sample):
+            raise UntraceableError(
+                f"{type(pipeline).__name__} starts from an image with noise on it; a policy starts from noise"
+            )
     (other,) = recorded_steps(pipeline, module, call, PROBE_PROMPTS[:1], images, num_steps=1, seed=1)
     drawn = [*dict.fromkeys(differing(one, other))]
     if drawn:
@@ -178,7 +187,7 @@ def recorded_steps(
     module: ModelMixin,
     call: PipelineCall,
     prompts: Sequence[str],
-    images: Sequence[Image] | None,
+    images: Sequence[Inputs] | None,
     *,
     num_steps: int | None = None,
     hollow: bool = True,
@@ -188,7 +197,7 @@ def recorded_steps(
     generator = torch.Generator().manual_seed(seed)
     output = "pt" if pipeline.components.get("vae") is None else "latent"  # nothing to decode, or not wanted
     arguments = call.arguments(prompts, images=images, output_type=output, generator=generator)
-    with torch.no_grad(), call.guiding(pipeline):
+    with torch.no_grad(), call.guiding(pipeline), posterior_means(pipeline):
         return trace(pipeline, module, arguments, num_steps=num_steps, hollow=hollow)
 
 
@@ -220,7 +229,10 @@ def _probe(
         for with_images in (True, False):
             if not with_images and call.image_size is None:
                 continue
-            shape = call if with_images else read_call(pipeline, module, sampler, no_images=str(first))
+            try:
+                shape = call if with_images else read_call(pipeline, module, sampler, no_images=str(first))
+            except UserError:  # it takes images alone
+                continue
             for negative in (False, True) if _may_need_negative(pipeline, shape) else (False,):
                 way = replace(shape, batch=batch, negative=negative)
                 try:

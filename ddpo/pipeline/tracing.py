@@ -222,6 +222,7 @@ def hollowed(denoiser: ModelMixin) -> Iterator[None]:
 
     with ExitStack() as stack:
         for part in parts_of(denoiser).values():
+            stack.enter_context(unhooked(part))
             stack.enter_context(replaced(part, "forward", forward))
         yield
 

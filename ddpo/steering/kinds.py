@@ -33,6 +33,11 @@ class Kind(Protocol):
         ...
 
     @property
+    def weighs(self) -> bool:
+        """Whether its particles carry weights of the tilted law, which bounds may move (`ddpo.steering.projection`)."""
+        ...
+
+    @property
     def needs_noise(self) -> bool:
         """Whether it needs a sampler with noise."""
         ...
@@ -58,6 +63,7 @@ class BestOfN:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     needs_noise: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
 
     kind: Literal["best_of_n"] = "best_of_n"
     particles: int = 4
@@ -85,6 +91,7 @@ class TiltKind:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     needs_noise: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
 
     alpha: float = 0.1
 
@@ -106,6 +113,7 @@ class FeynmanKacKind(TiltKind):
     """
 
     needs_gradient: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
 
     kind: Literal["feynman_kac"] = "feynman_kac"
     particles: int = 4
@@ -205,6 +213,7 @@ class LangevinKind:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     needs_noise: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
     particles: ClassVar[int] = 1
 
     kind: Literal["langevin"] = "langevin"

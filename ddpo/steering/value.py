@@ -111,6 +111,7 @@ class ValueParticles:
 
     needs_noise: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
     kind: ClassVar[str] = "value_particles"
 
     value: Value

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -103,6 +104,14 @@ class TrainedNetwork:
             yield
 
     @contextmanager
+    def moving(self, direction: Mapping[str, Tensor]) -> Iterator[None]:
+        """Forward derivatives along a direction in the trained weights; see `ddpo.Policy.moving`."""
+        own = self.trainable()
+        check_weights(direction, own)
+        with dual(self.network.module, own, direction):
+            yield
+
+    @contextmanager
     def _recording(self, grad: bool) -> Iterator[None]:
         """With or without a graph; with one, all activations are kept, as they would be recomputed after the block."""
         module = self.network.module
@@ -138,6 +147,32 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
             f"weight {wrong[0]} has shape {tuple(weights[wrong[0]].shape)}, but the policy's has "
             f"{tuple(own[wrong[0]].shape)}; take weights of a policy with the same adapter"
         )
+
+
+@contextmanager
+def dual(module: nn.Module, own: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor]) -> Iterator[None]:
+    """Dual numbers in the places of a module's parameters, whose graph still ends in these.
+
+    Args:
+        module: The network.
+        own: Its trained parameters by name.
+        direction: Tangents by name.
+    """
+    names = {id(parameter): name for name, parameter in own.items()}
+    duals = {name: forward_ad.make_dual(parameter, direction[name].to(parameter)) for name, parameter in own.items()}
+    places = [
+        (owner._parameters, key, parameter)
+        for owner in module.modules()
+        for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in names
+    ]
+    try:
+        for table, key, parameter in places:
+            table[key] = duals[names[id(parameter)]]
+        yield
+    finally:
+        for table, key, parameter in places:
+            table[key] = parameter
 
 
 @contextmanager

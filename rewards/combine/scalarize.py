@@ -31,6 +31,7 @@ from torch import Tensor
 from rewards.base import Metadata, UserError, total_and_parts
 from rewards.card import Card
 from rewards.description import DescribedReward, Description
+from rewards.frames import MIDDLE
 from rewards.registry import register, resolve
 from rewards.reward import Reward
 
@@ -88,10 +89,11 @@ class Parts:
         self.weights = torch.tensor([part.weight for part in self.parts])
 
     def describe(self) -> Description:
-        """Differentiable if every part is, groupwise if some part is."""
+        """Differentiable if every part is, groupwise if some part is; of videos if some part is."""
         return Description(
             differentiable=all(reward.differentiable for reward in self.rewards),
             groupwise=any(reward.groupwise for reward in self.rewards),
+            frames="all" if any(reward.frames != MIDDLE for reward in self.rewards) else MIDDLE,
         )
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:

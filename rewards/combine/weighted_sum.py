@@ -33,6 +33,7 @@ from torch import Tensor
 from rewards.base import Metadata, Scores, UserError
 from rewards.combine.curriculum import WeightSchedule
 from rewards.combine.normalization import Moments, Normalization, Normalizer
+from rewards.frames import MIDDLE
 from rewards.registry import resolve
 from rewards.reward import Reward
 
@@ -196,6 +197,11 @@ class WeightedSum:
         """Whether some term compares the images of a group, so that whole groups must be scored together."""
         return any(reward.groupwise for reward in self.rewards)
 
+    @property
+    def scores_videos(self) -> bool:
+        """Whether some term is given more of a video than its middle frame."""
+        return any(reward.frames != MIDDLE for reward in self.rewards)
+
     def components(
         self,
         images: Tensor,
@@ -208,7 +214,7 @@ class WeightedSum:
         """The raw scores `(B,)` of every reward and of its components, without weight or scale.
 
         Args:
-            images: `(B, 3, H, W)` floating point in [0, 1].
+            images: `(B, 3, H, W)`, or `(B, F, 3, H, W)`, floating point in [0, 1].
             prompts: The `B` prompts.
             metadata: `B` dictionaries.
             groups: `B` ids, equal for images that a groupwise reward compares; by equal prompts when None.
@@ -285,7 +291,7 @@ class WeightedSum:
         Scales are constants, those of the last `update`, which has seen the scores of these images.
 
         Args:
-            images: `(B, 3, H, W)` floating point in [0, 1].
+            images: `(B, 3, H, W)`, or `(B, F, 3, H, W)`, floating point in [0, 1].
             prompts: The `B` prompts.
             metadata: `B` dictionaries.
             epoch: Finished epochs, which set scheduled weights.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig, rollout
-from ddpo.pipeline.input_images import probe_images
+from ddpo.pipeline.input_images import probe_inputs
 from ddpo.pipeline.scheduler import training_scheduler
 from ddpo.pipeline.tracing import recording
 from tests.ddpo.families import tiny_flux, tiny_kontext, tiny_sd3, tiny_sdxl
@@ -84,9 +84,9 @@ def stock(family):
 
 
 def metadata(policy):
-    """An input image for each prompt of a pipeline that edits."""
-    size = policy.call.image_size
-    return [{"image": image} for image in probe_images(2, size)] if size else [{}, {}]
+    """The input images of each prompt of a pipeline that edits."""
+    call = policy.call
+    return probe_inputs(call.inputs, 2, call.image_size) if call.image_size else [{}, {}]
 
 
 def encode(policy):
@@ -95,7 +95,7 @@ def encode(policy):
 
 def run_stock(pipeline, policy, rows=(0, 1)):
     """A stock pipeline's images (all frames of a video) and the recorded steps of its loop, on some of the prompts."""
-    images = [metadata(policy)[row]["image"] for row in rows] if policy.call.image_size else None
+    images = [metadata(policy)[row] for row in rows] if policy.call.image_size else None
     prompts, generator = [PROMPTS[row] for row in rows], torch.Generator().manual_seed(5)
     arguments = policy.call.arguments(prompts, images=images, output_type="pt", generator=generator)
     with recording(pipeline, getattr(pipeline, policy.name)) as steps:

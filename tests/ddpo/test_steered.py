@@ -8,6 +8,7 @@ import torch
 from ddpo import rollout
 from ddpo.control.checks import guidance
 from ddpo.control.checks import steering as checks
+from ddpo.credit.critic import Critic, CriticShape, pooled_prompt
 from ddpo.steered import steered_ends, steered_samples
 from ddpo.steering import (
     BestOfN,
@@ -18,6 +19,7 @@ from ddpo.steering import (
     SvddKind,
     ValueKind,
     ValueParticles,
+    critic_value,
 )
 from ddpo.steering.particles import particle_seeds, resample
 from ddpo.validation import UserError
@@ -182,3 +184,48 @@ def test_every_potential_has_an_unbiased_estimate(potential):
     found, _, _ = checks.run_particles(problem, steer, groups=600)
     z = (found - checks.exact_log_z(problem, 1.0)).exp()
     assert checks.z_score(z, 1.0) < 4
+
+
+def test_a_critic_steers_by_the_weighted_sum_of_its_heads(policy):
+    torch.manual_seed(0)
+    condition = policy.encode(PROMPTS)
+    critic = critic_of(policy, heads=("red", "blue"))
+    torch.nn.init.normal_(critic.leave.weight)
+    critic.std.data.fill_(1.0)
+    value = critic_value(critic, policy, {"red": 2.0})
+    x = torch.randn(3, *policy.latent_shape, requires_grad=True)
+    found = value(1, x, condition)
+    direct = critic(torch.ones(3, dtype=torch.int64), x, pooled_prompt(condition, 3))[:, 0]
+    torch.testing.assert_close(found, 2 * direct)
+    steered = steered_samples(policy, PROMPTS, redness, steer=ValueKind(value=value, alpha=0.1, rounds=0), seeds=SEEDS)
+    free = steered_samples(policy, PROMPTS, redness, steer=BestOfN(particles=1), seeds=SEEDS)
+    assert not torch.equal(steered.latents, free.latents)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 7}, "of another model or chain"),
+        ({"state": (4, 4, 8)}, "of another model or chain"),
+        ({"prompt_size": 3}, "takes prompts of 3 numbers"),
+    ],
+)
+def test_a_critic_of_another_model_is_refused(policy, change, message):
+    critic = critic_of(policy, heads=("red",), **change)
+    with pytest.raises(UserError, match=message):
+        steer = ValueKind(value=critic_value(critic, policy, {"red": 1.0}), alpha=0.1)
+        steered_samples(policy, PROMPTS, redness, steer=steer, seeds=SEEDS)
+
+
+def test_a_head_that_a_critic_lacks_is_named(policy):
+    with pytest.raises(UserError, match="no 'green', only red"):
+        critic_value(critic_of(policy, heads=("red",)), policy, {"green": 1.0})
+
+
+def critic_of(policy, *, heads, **change):
+    sizes = {
+        "num_steps": policy.schedule.num_steps,
+        "state": policy.latent_shape,
+        "prompt_size": pooled_prompt(policy.encode(PROMPTS), len(PROMPTS)).shape[1],
+    }
+    return Critic(CriticShape(heads=heads, width=8, **(sizes | change)))

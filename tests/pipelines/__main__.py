@@ -1,74 +1,82 @@
-"""Builds tiny pipelines of diffusers' classes, holds each to `ddpo check`, and prints a line for each.
+"""Builds tiny pipelines of diffusers' classes, holds each to `ddpo check`, and prints what becomes of it.
 
-    python -m tests.pipelines [--only NAME ...] [--seconds S]
+    python -m tests.pipelines [--only NAME ...] [--group GROUP] [--results FILE] [--seconds S] [--docs]
 
-works | refused: what a user is told | raw: another error, a bug | wrong: a check that fails | not built: why
+Rows that a results file has, of this version of diffusers, are not run again; `--docs` writes the table of
+docs/models.md when all are there. The status is 1 where a row is wrong or raw.
 """
 
 import argparse
+import json
 import logging
 import time
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import diffusers
 
-from ddpo.pipeline.scheduler import default_sampler
-from ddpo.sampling.samplers import SamplerConfig
-from ddpo.validation import UserError
-from tests.pipelines.build import Row, build_pipeline
+from tests.pipelines.build import Row
+from tests.pipelines.outcomes import BUGS, Outcome, outcome
 from tests.pipelines.rows import ROWS
-from trainers.verification.conformance import likelihood_checks, make_subject, pipeline_checks
-from trainers.verification.suite import run_checks
+from tests.pipelines.table import DOCS, GROUPS, replaced_section, summary, table
 
 
-def sampler(row: Row, guidance: float) -> SamplerConfig:
-    """Three noisy steps of the sampler that fits."""
-    fitting = default_sampler(build_pipeline(row).scheduler)
-    return SamplerConfig(kind=fitting.kind, eta=fitting.eta, num_steps=3, guidance_scale=guidance,
-                         height=row.size, width=row.size, num_frames=row.frames)  # fmt: skip
+def read(path: Path | None) -> dict[str, Outcome]:
+    """The outcomes of an earlier run under this version of diffusers, by title."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return {
+        entry["title"]: Outcome(**{key: value for key, value in entry.items() if key != "diffusers"})
+        for entry in entries
+        if entry["diffusers"] == diffusers.__version__
+    }
 
 
-def tried(row: Row, guidance: float) -> str:
-    """What becomes of a pipeline under a guidance scale."""
-    try:
-        config = sampler(row, guidance)
-    except Exception as error:  # whatever its classes raise
-        return f"not built: {type(error).__name__}: {error}"
-    try:
-        subject = make_subject(build_pipeline(row), sampler=config, precision="fp32", device="cpu",
-                               fresh=lambda: build_pipeline(row))  # fmt: skip
-    except UserError as error:
-        return f"refused: {error}"
-    except Exception as error:
-        return f"raw: {type(error).__name__}: {error}"
-    checks = [*pipeline_checks(subject), *likelihood_checks(subject)]
-    rows = run_checks(checks, announce=lambda index, check: None)
-    failed = [f"{made.check} {made.measurement.obtained}" for made in rows if not made.measurement.passed]
-    return f"wrong: {'; '.join(failed)}" if failed else "works"
+def chosen(options: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for."""
+    named = [row for row in ROWS if not options.only or row.title in options.only]
+    return [row for row in named if options.group in (None, row.group)]
 
 
-def main() -> None:
-    """A line a class and guidance, then how many became what."""
+def run(rows: Sequence[Row], found: dict[str, Outcome], *, results: Path | None, seconds: float) -> None:
+    """Tries the rows that are not found yet, for so long."""
+    started = time.monotonic()
+    for row in rows:
+        if row.title in found or time.monotonic() - started > seconds:
+            continue
+        made = found[row.title] = outcome(row)
+        print(f"{made.title}\n    {made.guided}\n    {made.unguided}\n    {made.load_seconds} s", flush=True)
+        if results:
+            with results.open("a") as file:
+                file.write(json.dumps({**asdict(made), "diffusers": diffusers.__version__}) + "\n")
+
+
+def main() -> int:
+    """A paragraph a row, then how many became what."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="titles of rows")
+    parser.add_argument("--group", choices=GROUPS, help="rows for one purpose")
+    parser.add_argument("--results", type=Path, help="JSON lines: read, and added to after every row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after so long")
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/models.md")
     options = parser.parse_args()
     for name in ("diffusers", "transformers", "ddpo"):
         logging.getLogger(name).setLevel(logging.ERROR)
     diffusers.utils.logging.set_verbosity_error()
-    counts: Counter[str] = Counter()
-    started = time.monotonic()
-    print("| pipeline | for | guided | not guided | seconds |\n|---|---|---|---|---|")
-    for row in ROWS:
-        if (options.only and row.title not in options.only) or time.monotonic() - started > options.seconds:
-            continue
-        begun = time.monotonic()
-        cells = ["" if scale is None else tried(row, scale) for scale in (row.guided, row.unguided)]
-        counts.update(cell.partition(":")[0] for cell in cells if cell)
-        texts = [" ".join(cell.split())[:300].replace("|", "/") for cell in cells]
-        print(f"| {row.title} | {row.group} | {' | '.join(texts)} | {time.monotonic() - begun:.0f} |", flush=True)
-    print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    found, rows = read(options.results), chosen(options)
+    run(rows, found, results=options.results, seconds=options.seconds)
+    tried = [row for row in rows if row.title in found]
+    if tried:
+        print(summary(tried, found, version=diffusers.__version__))
+    if options.docs:
+        missing = [row.title for row in ROWS if row.title not in found]
+        if missing:
+            parser.error(f"--docs takes all rows; {len(missing)} are not tried yet: {', '.join(missing)}")
+        section = table(ROWS, found, version=diffusers.__version__)
+        DOCS.write_text(replaced_section(DOCS.read_text(), section))
+    return int(any(set(BUGS) & found[row.title].kinds for row in tried))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

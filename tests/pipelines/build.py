@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 
-from tests.pipelines.encoders import ENCODERS
-from tests.pipelines.networks import VAES, build
+from tests.pipelines.encoders import ENCODERS, HIDDEN
+from tests.pipelines.networks import VAES, build, shaken
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 VAE_NAMES = ("vae", "movq")
 VP = {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}
+CONTROL_HEADS = {"attention_head_dim": HIDDEN // 2, "num_attention_heads": 2}
 FLOW_BY_FAMILY = ("Sana", "SkyReels", "Wan", "Motif", "Bria", "Cosmos")  # annotated with a VP solver in its flow mode
 
 
@@ -40,7 +41,8 @@ class Row:
         classes: Classes of text encoders and VAEs that annotations leave open, by parameter.
         scheduler: Class of the scheduler where it is another.
         scheduler_options: Of the scheduler.
-        attributes: Numbers that the constructor leaves on the pipeline, where they are large.
+        attributes: Numbers that constructors leave on the pipeline, or on a part of it (`vae.kernel`), where they are
+            large.
         second: Whether `transformer_2` is given.
         name: For the table; the class without `Pipeline` if empty.
     """
@@ -100,6 +102,11 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
             if kind is None:
                 raise LookupError(f"no shrunken {' | '.join(classes)}")
             parts[name] = build(kind, dict(row.vae), is_vae=True)
+        elif name == "controlnet":
+            parts[name] = _controlnet(parts, _names(parameter))
+        elif name == "adapter":
+            parts[name] = diffusers.T2IAdapter(channels=list(parts["unet"].config.block_out_channels), num_res_blocks=1,
+                                               downscale_factor=8, adapter_type="full_adapter")  # fmt: skip
         elif name == "guider" and not optional:
             parts[name] = diffusers.ClassifierFreeGuidance()
         elif name == "scheduler":
@@ -112,10 +119,22 @@ def build_pipeline(row: Row, *, seed: int = 0) -> DiffusionPipeline:
             parts[name] = None
     missing = [name for name, p in parameters.items() if name not in parts and p.default is inspect.Parameter.empty]
     pipeline: DiffusionPipeline = known(**parts, **dict.fromkeys(missing))
-    for name, value in row.attributes.items():
-        setattr(pipeline, name, value)
+    for place, value in row.attributes.items():
+        part, _, name = place.rpartition(".")
+        setattr(getattr(pipeline, part) if part else pipeline, name, value)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _controlnet(parts: Mapping[str, object], names: list[str]) -> ModelMixin:
+    """One beside the denoiser, whose weights it starts from; its own ones are not zero, as they are at first."""
+    kind = next(name for name in names if hasattr(diffusers, name) and "Multi" not in name)
+    known = getattr(diffusers, kind)
+    if hasattr(known, "from_unet"):
+        made = known.from_unet(parts["unet"])
+    else:
+        made = known.from_transformer(parts["transformer"], num_layers=1, **CONTROL_HEADS)
+    return shaken(made).eval()
 
 
 def _classes(row: Row, parameter: inspect.Parameter) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.ddpo.editing_families import tiny_qwen_edit
 from tests.ddpo.families import text_config, tiny_t5
@@ -82,6 +82,15 @@ def bert(name: str) -> Pair:
     tokenizer = character_tokenizer()
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     return tokenizer, transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).eval()
+
+
+def eyes(model: str, config: str, processor: str) -> tuple[BaseImageProcessor, PreTrainedModel]:
+    """An encoder of pictures of 32 x 32 pixels, 16 patches each, and what prepares them."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "image_size": 32, "patch_size": 8}  # fmt: skip
+    side = {"height": 32, "width": 32}
+    prepared = getattr(transformers, processor)(size=side, crop_size=side)
+    return prepared, getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
 
 
 ENCODERS: dict[str, Callable[[str], tuple[PreTrainedTokenizerBase, nn.Module]]] = {

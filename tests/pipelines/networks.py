@@ -119,7 +119,6 @@ DENOISERS: dict[str, dict[str, object]] = {
     "ErnieImageTransformer2DModel": {"in_channels": PACKED_CHANNELS, "out_channels": PACKED_CHANNELS},
     "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
                                  "axes_dims": [4, 4, 8], "axes_lens": [1024, 64, 64]},
-    "JoyImageEditTransformer3DModel": {"rope_dim_list": [4, 4, 8]},
     "DiTTransformer2DModel": {**LEARNED_VARIANCE, "sample_size": 8, "num_embeds_ada_norm": 10},
     "AuraFlowTransformer2DModel": {"caption_projection_dim": HIDDEN, "pos_embed_max_size": 256},
 }  # fmt: skip
@@ -192,8 +191,13 @@ def build(name: str, more: dict[str, object], *, is_vae: bool = False) -> nn.Mod
     if "out_channels" not in parameters:
         wanted.pop("out_channels", None)
     made: nn.Module = network(**wanted)
-    with torch.no_grad():  # some start at zero, and then no output depends on anything
-        for parameter in made.parameters() if not is_vae else ():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return made.eval()
+    return (made if is_vae else shaken(made)).eval()
+
+
+@torch.no_grad()
+def shaken(network: nn.Module) -> nn.Module:
+    """A network with noise for its zeros: some start so, and then no output depends on anything."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=0.02)
+    return network

@@ -5,8 +5,10 @@ from diffusers import ModelMixin
 from torch import nn
 
 from tests.pipelines.build import Row
+from tests.pipelines.encoders import HIDDEN, eyes
 
-VISION = {"image_encoder": None, "image_processor": None, "feature_extractor": None}
+CLIP_IMAGES, CLIP_EYES = eyes("CLIPVisionModelWithProjection", "CLIPVisionConfig", "CLIPImageProcessor")
+SIGLIP_IMAGES, SIGLIP_EYES = eyes("SiglipVisionModel", "SiglipVisionConfig", "SiglipImageProcessor")
 SDXL_UNET = {
     "cross_attention_dim": 64, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 1),
     "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
@@ -95,7 +97,8 @@ ROWS = (
     Row(pipeline="MochiPipeline", group="video", frames=7),
     Row(pipeline="CogVideoXPipeline", group="video", frames=9, scheduler="CogVideoXDDIMScheduler",
         scheduler_options=COGVIDEO),
-    Row(pipeline="AllegroPipeline", group="video", frames=8),
+    Row(pipeline="AllegroPipeline", group="video", frames=8,
+        attributes={"vae.kernel": (8, 16, 16), "vae.stride": (8, 16, 16)}),
     Row(pipeline="LattePipeline", group="video", frames=2, denoiser={"video_length": 2}),
     Row(pipeline="EasyAnimatePipeline", group="video", frames=5),
     Row(pipeline="SanaVideoPipeline", group="video", frames=5, size=32, classes={"vae": "AutoencoderKLWan"}),
@@ -108,13 +111,26 @@ ROWS = (
     Row(pipeline="FluxKontextPipeline", group="edit", guided=None, scheduler_options=DYNAMIC),
     Row(pipeline="QwenImageEditPipeline", group="edit", size=128, vae=DEEP, scheduler_options=DYNAMIC),
     Row(pipeline="QwenImageEditPlusPipeline", group="edit", size=128, vae=DEEP, scheduler_options=DYNAMIC),
-    Row(pipeline="Kandinsky5I2IPipeline", group="edit", attributes={"resolutions": [(16, 16)]}, vae=EIGHTH),
+    Row(pipeline="Kandinsky5I2IPipeline", group="edit", attributes={"resolutions": [(16, 16)]}, vae=EIGHTH,
+        denoiser={"visual_cond": True}),
     Row(pipeline="StableDiffusionInstructPix2PixPipeline", group="edit", denoiser={"in_channels": 8}),
     Row(pipeline="StableDiffusionXLInstructPix2PixPipeline", group="edit", denoiser={**SDXL_UNET, "in_channels": 8}),
-    Row(pipeline="JoyImageEditPipeline", group="edit"),
     Row(pipeline="LongCatImageEditPipeline", group="edit", denoiser={"in_channels": 64}, vae=WIDE, attributes=SHORT),
     Row(pipeline="FluxControlPipeline", group="edit", guided=None, denoiser={"in_channels": 32, "out_channels": 16}),
     Row(pipeline="FluxFillPipeline", group="edit", guided=None, denoiser={"in_channels": 48, "out_channels": 16}),
+    Row(pipeline="FluxKontextInpaintPipeline", group="edit", guided=None, scheduler_options=DYNAMIC),
+    Row(pipeline="CogView4ControlPipeline", group="edit", denoiser={"in_channels": 8},
+        scheduler_options={**DYNAMIC, "time_shift_type": "linear"}),
+    Row(pipeline="StableDiffusionInpaintPipeline", group="edit", denoiser={"in_channels": 9}, size=32),
+    Row(pipeline="StableDiffusionXLInpaintPipeline", group="edit", denoiser={**SDXL_UNET, "in_channels": 9}, size=32),
+    Row(pipeline="StableDiffusionImg2ImgPipeline", group="edit"),
+    Row(pipeline="StableDiffusionControlNetPipeline", group="edit", size=32),
+    Row(pipeline="StableDiffusionXLControlNetPipeline", group="edit", size=32, denoiser=SDXL_UNET),
+    Row(pipeline="FluxControlNetPipeline", group="edit", guided=None, scheduler_options=DYNAMIC),
+    Row(pipeline="QwenImageControlNetPipeline", group="edit", scheduler_options=DYNAMIC),
+    Row(pipeline="StableDiffusionAdapterPipeline", group="edit", size=32),
+    Row(pipeline="StableDiffusionXLAdapterPipeline", group="edit", size=32, denoiser=SDXL_UNET),
+    Row(pipeline="QwenImageInpaintPipeline", group="edit", scheduler_options=DYNAMIC),
     # ---- image to video
     Row(pipeline="WanImageToVideoPipeline", group="image to video", frames=5, classes=UMT5, denoiser=I2V_WAN),
     Row(pipeline="WanImageToVideoPipeline", group="image to video", frames=5, classes=UMT5, denoiser=I2V_WAN,
@@ -124,10 +140,13 @@ ROWS = (
         scheduler="CogVideoXDDIMScheduler", scheduler_options=COGVIDEO),
     Row(pipeline="LTXImageToVideoPipeline", group="image to video", frames=9, size=32),
     Row(pipeline="Kandinsky5I2VPipeline", group="image to video", frames=5),
-    Row(pipeline="HunyuanVideo15ImageToVideoPipeline", group="image to video", frames=5, attributes=HUNYUAN15),
-    Row(pipeline="HunyuanVideoImageToVideoPipeline", group="image to video", frames=5),
+    Row(pipeline="HunyuanVideo15ImageToVideoPipeline", group="image to video", frames=5,
+        attributes={**HUNYUAN15, "vision_num_semantic_tokens": 16, "target_size": 16},
+        parts={"image_encoder": SIGLIP_EYES, "feature_extractor": SIGLIP_IMAGES}),
     Row(pipeline="HunyuanSkyreelsImageToVideoPipeline", group="image to video", frames=5, denoiser={"in_channels": 8}),
-    Row(pipeline="SkyReelsV2ImageToVideoPipeline", group="image to video", frames=5, denoiser=I2V_WAN),
+    Row(pipeline="SkyReelsV2ImageToVideoPipeline", group="image to video", frames=5,
+        denoiser={**I2V_WAN, "image_dim": HIDDEN, "added_kv_proj_dim": HIDDEN},
+        parts={"image_encoder": CLIP_EYES, "image_processor": CLIP_IMAGES}),
     Row(pipeline="SanaImageToVideoPipeline", group="image to video", frames=5, size=32,
         classes={"vae": "AutoencoderKLWan"}),
     Row(pipeline="StableVideoDiffusionPipeline", group="image to video", frames=2),

@@ -75,7 +75,7 @@ def test_a_run_that_edits_trains_samples_and_evaluates_from_the_command_line(tmp
     (picture,) = run.glob("samples/*/001.png")
     assert Image.open(picture).size == (16, 16)
     assert main(["sample", str(run), "--prompt", "make it red"]) == 2
-    assert "edits an input image, but the prompt 'make it red'" in capsys.readouterr().err
+    assert "takes an input image, but the prompt 'make it red'" in capsys.readouterr().err
     assert main(["sample", str(run), "--prompt", "x", "--image", str(tmp_path / "none.png")]) == 2
     assert "there is no image" in capsys.readouterr().err
     assert main(["evaluate", str(run)]) == 0
@@ -87,13 +87,13 @@ def test_prompts_without_images_and_images_without_use_end_before_sampling(tmp_p
     words.write_text("make it red\n")
     config = write_edit_config(tmp_path, tiny_kontext(), prompts=words)
     assert main(["train", str(config)]) == 2
-    assert "FluxKontextPipeline edits an input image, but the prompt 'make it red'" in capsys.readouterr().err
+    assert "FluxKontextPipeline takes an input image, but the prompt 'make it red'" in capsys.readouterr().err
 
     (tmp_path / "sd").mkdir()
     config = write_edit_config(tmp_path / "sd", tiny_stable_diffusion(), prompts=write_source(tmp_path))
     config.write_text(config.read_text().replace("kind: flow_sde, eta: 0.7, ", ""))
     assert main(["train", str(config)]) == 2
-    assert "comes with an input image, which cannot be used: StableDiffusionPipeline" in capsys.readouterr().err
+    assert "comes with an input image `image`, which cannot be used: StableDiffusionPipeline" in capsys.readouterr().err
 
 
 def test_images_of_a_json_source_are_found_beside_it(tmp_path, monkeypatch):

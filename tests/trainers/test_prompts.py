@@ -1,12 +1,16 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.loading import load_named
-from trainers.prompts import Prompt, PromptConfig, PromptError, PromptStream, load_prompts
+from trainers.prompts import Prompt, PromptConfig, PromptError, PromptStream, load_prompts, to_prompt
+
+NOT_FINITE = "must hold finite numbers, got {}; leave the key out, or write null"
 
 
 def load(source, **keys):
@@ -202,11 +206,51 @@ def test_a_dataset_gives_its_column_and_its_simple_columns_as_metadata(tmp_path,
             "goes into a .jsonl file",
         ),
         ("a.json", '["a", 3]', "a.json: entry 1: must be a text or a dict, got int"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "x": NaN}', f"a.jsonl: line 2: 'x' {NOT_FINITE.format('nan')}"),
+        ("a.jsonl", '{"prompt": "a", "x": 1e999}', f"a.jsonl: line 1: 'x' {NOT_FINITE.format('inf')}"),
+        (
+            "a.json",
+            '["a", {"prompt": "b", "metadata": {"x": {"y": [1, -Infinity]}}}]',
+            f"a.json: entry 1: 'x' {NOT_FINITE.format('-inf')}",
+        ),
+        ("a.csv", "prompt,x\na,1\nb,inf\n", f"a.csv: row 1: 'x' {NOT_FINITE.format('inf')}"),
+        ("a.tsv", "prompt\tx\na\t-inf\n", f"a.tsv: row 0: 'x' {NOT_FINITE.format('-inf')}"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     assert refusal(tmp_path / name).replace(f"{tmp_path}/", "") == message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"), np.float32("inf"), {"deep": (1, [float("nan")])}, np.array([1.0, np.nan]),
+        torch.tensor([1.0, float("inf")], dtype=torch.bfloat16), np.array([None, float("nan")], dtype=object),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_metadata_from_python_hold_no_number_that_is_not_finite(value):
+    with pytest.raises(PromptError, match=r"'x' must hold finite numbers, got (nan|inf); leave the key out"):
+        Prompt(text="a", metadata={"x": value})
+    with pytest.raises(PromptError, match=r"^entry 3: 'x' must hold finite numbers"):
+        to_prompt({"prompt": "a", "x": value}, where="entry 3")
+
+
+def test_metadata_that_hold_themselves_are_refused_and_finite_ones_kept():
+    endless = {}
+    endless["x"] = endless
+    with pytest.raises(PromptError, match="'x' is nested without end"):
+        Prompt(text="a", metadata=endless)
+    kept = {"big": 10**400, "none": None, "flag": True, "text": "nan", "list": [1, 2.5], "ints": np.arange(3)}
+    assert Prompt(text="a", metadata=kept).metadata is kept
+
+
+def test_a_table_with_a_number_that_is_not_finite_is_refused_by_row(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "x": [[1.0], [float("nan")]]}), tmp_path / "a.parquet")
+    assert "a.parquet: row 1: 'x' must hold finite numbers, got nan" in refusal(tmp_path / "a.parquet")
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.readme_tables import Column, changes, compared
+from ddpo.validation import UserError
+from scripts.readme_tables import EXCERPT, Column, changes, compared, verified
 from tests.trainers.loop_helpers import ROOT
 from trainers.evaluation.evaluator import Evaluation
 from trainers.run_folder.folder import RunFolder
+from trainers.verification.suite import all_checks, run_checks
 
 CONFIG = """\
 rewards: [{name: brightness, weight: 2.0}]
@@ -88,3 +90,44 @@ def test_the_comparison_is_as_in_the_readme(run: Path) -> None:
     ours, theirs = (masked(block[2]).split() for block in (lines, readme[at:]))
     assert [cell.lstrip("+-") for cell in ours] == [cell.lstrip("+-") for cell in theirs]
     assert lines[-1].startswith("± one standard error; 95%: 3.18 of them, for captions like these 4 (4 pictures each")
+
+
+QUICK = ("tabular: spaceship policies", "lqr: Riccati", "merton: constants", "soc: DeepBSDE", "chain: optimum",
+         "chain: verification identity", "advantages: alpha")  # fmt: skip
+
+
+def columns(line: str) -> list[str]:
+    return re.split(r"  +", line)
+
+
+def readme_excerpt() -> list[str]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (at,) = [i for i, line in enumerate(lines) if columns(line)[:3] == ["check", "measured", "exact"]]
+    return list(takewhile(lambda line: line != "```", lines[at:]))
+
+
+def test_the_readmes_excerpt_has_the_rows_that_verification_finds() -> None:
+    quick = [check for check in all_checks() if f"{check.group}: {check.name}" in QUICK]
+    measured = [row.as_dict() for row in run_checks(quick, announce=lambda index, check: None)]
+    heading, *ours = verified(measured).splitlines()
+    readme_heading, *theirs = readme_excerpt()
+    assert columns(readme_heading) == columns(heading)
+    assert [tuple(columns(line)[:2]) for line in theirs] == list(EXCERPT)
+    theirs = [line for line in theirs if columns(line)[0] in QUICK]
+    assert len(theirs) == len(ours) == len(QUICK)
+    for line, found in zip(theirs, ours, strict=True):
+        *stated, _, error, tolerance = columns(line)
+        *exact, _, _, bar = columns(found)
+        assert (stated, tolerance) == (exact, bar)
+        assert float(error) <= float(tolerance)
+
+
+def test_every_row_of_the_excerpt_is_of_a_check_that_there_is() -> None:
+    assert {check for check, _ in EXCERPT} <= {f"{check.group}: {check.name}" for check in all_checks()}
+
+
+def test_a_measurement_that_has_another_name_by_now_is_said() -> None:
+    (check,) = [check for check in all_checks() if f"{check.group}: {check.name}" == "lqr: Riccati"]
+    measured = [row.as_dict() for row in run_checks([check], announce=lambda index, check: None)]
+    with pytest.raises(UserError, match="no longer measure lqr: Riccati K"):
+        verified([one for one in measured if one["measured"] != "K"])

@@ -9,8 +9,6 @@ chance.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +23,9 @@ from ddpo.validation import UserError
 from rewards.tools.table import table
 from trainers.config import Config
 from trainers.config.io import load_config
-from trainers.config.locations import absolute
-from trainers.config.resumed import resume_overrides
 from trainers.evaluation.evaluator import KL
 from trainers.evaluation.overoptimisation import read_captions, read_values
 from trainers.evaluation.statistics import Measure
-from trainers.run_folder.checkpoint import checkpoint_epoch, latest_checkpoint
 from trainers.run_folder.folder import RunError, RunFolder
 from trainers.run_folder.writable import check_file, check_folder
 
@@ -206,83 +201,6 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     """The measures' names, and which way is better."""
     axes.set(xlabel=_axis(x), ylabel=_axis(y))
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def sweep(config: str, weights: str, overrides: Sequence[str]) -> list[Path]:
-    """Trains a configuration once for each weight of a reward, one run after the other.
-
-    Runs that are finished are kept, others continued: `train --resume` with what the configuration has changed.
-
-    Args:
-        config: A configuration file or shipped name.
-        weights: `NAME=0,1,5`, NAME one of its rewards.
-        overrides: `--key value` tokens for every run.
-
-    Returns:
-        The run folders.
-
-    Raises:
-        ConfigError: A run that exists has another configuration, in keys that may not change; before any training.
-        UserError: There is no such reward, no weights, or a run failed.
-        KeyboardInterrupt: On Ctrl-C, once the run at work has saved its last whole epoch.
-    """
-    loaded = load_config(config, overrides)
-    name, _, text = weights.partition("=")
-    places = [i for i, term in enumerate(loaded.rewards) if name in (term.shown, *term.aliases)]
-    if not places:
-        known = ", ".join(term.shown for term in loaded.rewards)
-        raise UserError(f"--weights {weights}: the configuration has no reward {name!r}; it has {known}")
-    try:
-        values = list(dict.fromkeys(float(value) for value in text.split(",")))
-    except ValueError as error:
-        raise UserError(f"--weights must be written NAME=0,1,5, got {weights!r}") from error
-    runs, launches = [], []
-    for value in values:
-        run = loaded.run.folder / f"{Path(config).stem}-{_reported(name)}-{value:g}"
-        own = [*overrides, "--run.name", run.name, f"--rewards.{places[0]}.weight", f"{value:g}"]
-        if not RunFolder(path=run).config_file.is_file():
-            launches.append((run, [config, *own]))
-        elif (changes := _changes(run, absolute(load_config(config, own)))) is not None:
-            launches.append((run, ["--resume", str(run), *changes]))
-        runs.append(run)
-    for run, arguments in launches:
-        _launch(arguments, run.name)
-    return runs
-
-
-def _changes(run: Path, wanted: Config) -> list[str] | None:
-    """The overrides to resume a run with; None if it is finished.
-
-    Raises:
-        ConfigError: It was begun with another configuration.
-        UserError: It has trained for more epochs than are wanted.
-    """
-    saved_file = RunFolder(path=run).config_file
-    changes = resume_overrides(load_config(saved_file), wanted, saved_file=saved_file)
-    newest = latest_checkpoint(run)
-    done = 0 if newest is None else checkpoint_epoch(newest)
-    if done > wanted.epochs:
-        raise UserError(f"{run} has trained for {done} epochs, not {wanted.epochs}; choose another --run.output_dir")
-    longer = any(change.startswith(("--epochs=", "--max_minutes=")) for change in changes)
-    return None if _has_ended(run, newest) and (done == wanted.epochs or not longer) else changes
-
-
-def _has_ended(run: Path, newest: Path | None) -> bool:
-    """Whether a run has reached its end since it was last resumed: its summary is newer than everything it sums up."""
-    summary, earlier = run / "summary.json", (RunFolder(path=run).config_file, *([] if newest is None else [newest]))
-    return summary.is_file() and all(summary.stat().st_mtime_ns >= path.stat().st_mtime_ns for path in earlier)
-
-
-def _launch(arguments: Sequence[str], name: str) -> None:
-    """Trains in a process of its own, so that a run's memory and random state end with it."""
-    process = subprocess.Popen([sys.executable, "-m", "trainers", "train", *arguments])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the terminal told the run too; it ends by itself, or at once with a second Ctrl-C
-        process.wait()
-        raise
-    if status != 0:
-        raise UserError(f"the run {name} ended with status {status}; mend it, and run the same command again to go on")
 
 
 def _comparability(courses: Sequence[Course]) -> str:

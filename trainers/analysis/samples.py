@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpo import Policy
-from ddpo.pipeline.input_images import IMAGE, rewards_metadata
+from ddpo.pipeline.input_images import first_input, rewards_metadata, sources
 from rewards import RewardError
 from trainers.analysis.comparison import make_evaluator, open_run
 from trainers.analysis.picture_folder import check_new, numbered_folder, with_images, write_pictures
@@ -106,7 +106,7 @@ def sample_run(run: Path, request: SampleRequest, *, overrides: Sequence[str] = 
             {
                 "file": f"{i:03d}.png",
                 "prompt": prompt.text,
-                "input": prompt.metadata.get(IMAGE),
+                "input": first_input(prompt.metadata),
                 "noise_seed": noise[i],
                 "pretrained": old.of(i),
                 "fine-tuned": new.of(i),
@@ -144,7 +144,10 @@ def _scores(tuned: TunedModel, images: Tensor, asked: list[Prompt]) -> ImageScor
     inputs = shown_inputs([prompt.metadata for prompt in asked], images)
     metadata = [prompt.metadata for prompt in asked]
     if inputs is not None:
-        metadata = [rewards_metadata(entry, image) for entry, image in zip(metadata, inputs, strict=True)]
+        metadata = [
+            rewards_metadata(entry, dict.fromkeys([*sources(entry)][:1], image))
+            for entry, image in zip(metadata, inputs, strict=True)
+        ]
     try:
         scores = tuned.reward(images, [prompt.text for prompt in asked], metadata, epoch=tuned.epoch)
     except RewardError as error:

@@ -2,10 +2,12 @@
 
 Every call writes a folder of its own: `steered.png`, the steered images as `000.png`, ..., and `samples.json`:
 
-{"weights", "epoch", "model", "sampler", "seed", "steer", "rewards", "cost": {"unsteered": COST, "steered": COST},
+{"weights", "epoch", "model", "sampler", "seed", "steer", "rewards", "constraints", "multipliers",
+ "cost": {"unsteered": COST, "steered": COST},
  "images": [{"file", "prompt", "input", "noise_seed", "particle", "unsteered": {REWARD: score}, "steered": {...}}]}
 
-COST is {"network_rows", "images_scored", "seconds"} of all images together; with guidance by two branches both count.
+Multipliers are by what is bounded, in nats per unit of its score; empty without constraints. COST is
+{"network_rows", "images_scored", "seconds"} of all images together; with guidance by two branches both count.
 """
 
 import time
@@ -13,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ddpo import Policy
 from ddpo.loading import load_pipeline
 from ddpo.pipeline.denoiser import DTYPES
-from ddpo.pipeline.input_images import IMAGE
+from ddpo.pipeline.input_images import first_input
 from ddpo.pipeline.scheduler import default_sampler
 from ddpo.seeds import Purpose, sample_seeds
-from ddpo.steered import SteeredSamples, check_noise, steered_samples
+from ddpo.steered import Bounds, SteeredSamples, check_noise, check_weighs, steered_samples
 from ddpo.steering import BestOfN, Kind
 from ddpo.validation import UserError, within
 from rewards import WeightedSum
@@ -38,12 +41,12 @@ from trainers.parallel.processes import Processes
 from trainers.planning.policy_loading import configure
 from trainers.planning.preflight import check_device, check_model, check_rewards
 from trainers.prompts import Prompt
-from trainers.scoring.steering_reward import check_steering_reward, steering_reward
+from trainers.scoring.steering_reward import check_steering_reward, steering_bounds, steering_reward
 from trainers.tracking.pictures import side_by_side
 from trainers.tracking.progress import Progress
 
 STEERED = "steered.png"
-OF_STEERING = ("steer.", "rewards.", "batch.sample_batch_size")
+OF_STEERING = ("steer.", "rewards.", "constraints.", "batch.sample_batch_size")
 OF_MODEL = ("model.", "sampler.")
 PLAIN = BestOfN(particles=1)
 
@@ -88,7 +91,8 @@ def steer_model(model: str, request: SteerRequest, *, overrides: Sequence[str] =
     Args:
         model: A folder, a hub id, or `shapes`.
         request: What is wanted, by at least one reward.
-        overrides: `--key value` tokens of `steer`, `rewards`, `sampler`, `model`, and `batch.sample_batch_size`.
+        overrides: `--key value` tokens of `steer`, `rewards`, `constraints`, `sampler`, `model`, and
+            `batch.sample_batch_size`.
 
     Returns:
         The picture with both side by side; the steered images and `samples.json` lie beside it.
@@ -104,8 +108,8 @@ def steer_model(model: str, request: SteerRequest, *, overrides: Sequence[str] =
     _, unused = _split(overrides, (*OF_STEERING, *OF_MODEL))
     if unused:
         raise UserError(
-            f"{unused[0].partition('=')[0]} has no part in steering a model: steer, rewards, sampler, model and "
-            "batch.sample_batch_size have"
+            f"{unused[0].partition('=')[0]} has no part in steering a model: steer, rewards, constraints, sampler, "
+            "model and batch.sample_batch_size have"
         )
     check_model(config)
     check_device(config, here=True)
@@ -130,8 +134,9 @@ def steer_run(run: Path, request: SteerRequest, *, overrides: Sequence[str] = ()
     Args:
         run: The run folder.
         request: What is wanted.
-        overrides: `--key value` tokens of `steer`, of `batch.sample_batch_size` and, where rewards are named, of
-            `rewards`; others say where files of the run lie now.
+        overrides: `--key value` tokens of `steer`, `constraints` (the run's own are not taken), of
+            `batch.sample_batch_size` and, where rewards are named, of `rewards`; others say where files of the run lie
+            now.
 
     Returns:
         The picture with both side by side; the steered images and `samples.json` lie beside it.
@@ -204,7 +209,19 @@ def _named_rewards(config: Config, processes: Processes) -> WeightedSum:
     check_rewards(config)
     reward = WeightedSum(config.rewards, device=processes.device)
     check_steering_reward(_kind(config), reward)
+    if config.constraints:
+        check_weighs(_kind(config))
     return reward
+
+
+def _bounds(config: Config, device: torch.device) -> Bounds | None:
+    """The constraints of the command line."""
+    if not config.constraints:
+        return None
+    check_weighs(_kind(config))
+    bounds, measured = steering_bounds(config.constraints, config.terms, device=device)
+    check_steering_reward(_kind(config), measured)
+    return bounds
 
 
 def _pretrained(config: Config, overrides: Sequence[str], *, device: str) -> Policy:
@@ -243,7 +260,9 @@ def _write_steered(
     texts, given = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
     seen, progress = policy.rewards_metadata(texts, given), Progress(enabled=True)
 
-    def made(kind: Kind, label: str) -> tuple[SteeredSamples, dict[str, float]]:
+    bounds = _bounds(config, policy.device)
+
+    def made(kind: Kind, label: str, bounds: Bounds | None = None) -> tuple[SteeredSamples, dict[str, float]]:
         started = time.perf_counter()
         with progress.counting(len(texts) * policy.schedule.num_steps, label) as advance:
             samples = steered_samples(
@@ -254,6 +273,7 @@ def _write_steered(
                 seeds=seeds,
                 metadata=given,
                 batch_size=config.batch.sample_batch_size,
+                bounds=bounds,
                 advance=advance,
             )
         seconds = round(time.perf_counter() - started, 3)
@@ -264,7 +284,7 @@ def _write_steered(
     raw = reward.components(plain.images, texts, seen)
     if not subject.has_scales:
         reward.update(raw, texts)
-    steered, steered_cost = made(steer, steer.kind)
+    steered, steered_cost = made(steer, steer.kind, bounds)
     before, after = (
         ImageScores(
             totals=reward.total(components, texts, epoch=subject.epoch).tolist(),
@@ -278,12 +298,14 @@ def _write_steered(
         "seed": seed,
         "steer": to_plain(config, full=True)["steer"],
         "rewards": [to_plain(term, full=True) for term in reward.terms],
+        "constraints": [to_plain(one, full=False) for one in config.constraints],
+        "multipliers": dict(steered.multipliers),
         "cost": {"unsteered": plain_cost, "steered": steered_cost},
         "images": [
             {
                 "file": f"{i:03d}.png",
                 "prompt": prompt.text,
-                "input": prompt.metadata.get(IMAGE),
+                "input": first_input(prompt.metadata),
                 "noise_seed": int(seeds[i]),
                 "particle": int(steered.particles[i]),
                 "unsteered": before.of(i),

@@ -99,17 +99,24 @@ def step_size(config: Config, readings: Readings) -> Finding | None:
     """How far the updates of one epoch at the peak rate move the policy."""
     if readings.moved is None:
         return None
-    nats, rate = float(readings.moved.nansum()), config.learning_rate
+    nats = float(readings.moved.nansum())
     slow, fast, wild = _NATS
     verdict: Verdict = (
         "wrong" if nats > wild or not math.isfinite(nats) else "look" if not slow < nats < fast else "fine"
     )
-    told = f"the updates of an epoch at the rate {rate:g} move the policy by {nats:.3g} nats"
-    aimed = rate * math.sqrt(_WANTED / nats) if nats > 0 and math.isfinite(nats) else rate / 10
-    cure = (
-        "" if verdict == "fine" else f"optimizer.learning_rate: about {min(1.0, aimed):.1g} ({_WANTED:g} nats an epoch)"
-    )
+    region = config.optimizer.is_trust_region
+    size = f"radius {config.optimizer.region.radius:g}" if region else f"rate {config.learning_rate:g}"
+    told = f"the updates of an epoch at the {size} move the policy by {nats:.3g} nats"
+    cure = "" if verdict == "fine" else f"{_sized(config, nats)} ({_WANTED:g} nats an epoch)"
     return Finding(name="step size", verdict=verdict, evidence=told, cure=cure, series=readings.moved.tolist())
+
+
+def _sized(config: Config, nats: float) -> str:
+    """The key that sets the size of updates, and the value at which an epoch would move the policy as wanted."""
+    share = _WANTED / nats if nats > 0 and math.isfinite(nats) else 0.01
+    if config.optimizer.is_trust_region:
+        return f"optimizer.radius: about {config.optimizer.region.radius * share:.1g}"
+    return f"optimizer.learning_rate: about {min(1.0, config.learning_rate * math.sqrt(share)):.1g}"
 
 
 def clip_range(config: Config, readings: Readings) -> Finding | None:

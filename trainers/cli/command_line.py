@@ -19,6 +19,7 @@ from trainers.cli.parser import Parser, ShowVersion, command
 from trainers.cli.rewards import add_reward_commands
 from trainers.cli.runs import add_run_commands
 from trainers.cli.starting import add_starting_commands
+from trainers.cli.sweeping import PARETO_OPTIONS, SWEEP_OPTIONS, add_sweep_commands
 from trainers.cli.verifying import add_verification_commands
 from trainers.parallel.interruption import EXIT_CODE, PeerLost, RunStopped, ignore_late_warnings
 from trainers.parallel.launcher import (
@@ -96,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status, whether anybody reads the output or not: 0, 1 when `verify`, `check` or `doctor CONFIG` finds a
-        failure, 2 for a user error, 75 when training stopped on a signal and can be resumed, 130 when anything else was
-        interrupted.
+        failure or a run of a sweep failed, 2 for a user error, 75 when training stopped on a signal and can be resumed,
+        130 when anything else was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("DDPO_DEBUG", "0") not in ("", "0")
@@ -174,8 +175,8 @@ def _run(arguments: list[str]) -> int:
     elif command == "doctor":
         rest, overrides = split_overrides(arguments[1:], own=("--images", "--overfit", "--help"))
         arguments = [command, *rest]
-    elif command == "pareto" and "--sweep" in arguments:
-        rest, overrides = split_overrides(arguments[1:], own=("--sweep", "--weights", "--x", "--y", "--out", "--help"))
+    elif command == "sweep" or (command == "pareto" and "--sweep" in arguments):
+        rest, overrides = split_overrides(arguments[1:], own=SWEEP_OPTIONS if command == "sweep" else PARETO_OPTIONS)
         arguments = [command, *rest]
     elif command in ("evaluate", "export", "sample"):
         undotted = [name for name in (argument.partition("=")[0] for argument in arguments) if "." not in name]
@@ -316,6 +317,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_starting_commands(commands)
     add_run_commands(commands)
+    add_sweep_commands(commands)
     add_verification_commands(commands)
     add_reward_commands(commands)
     completion = command(commands, "completion", _completion, "print what a shell completes ddpo by",

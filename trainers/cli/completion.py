@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trainers.shipped_configs import shipped
 
-OVERRIDABLE = ("train", "plan", "doctor")
+OVERRIDABLE = ("train", "plan", "doctor", "sweep")
 """Commands whose `--key value` may be any key of a configuration."""
 
 

@@ -1,4 +1,4 @@
-"""`ddpo runs`, `doctor`, `report`, `sample`, `evaluate`, `export`, `pareto` and `dashboard`: looking at runs."""
+"""`ddpo runs`, `doctor`, `report`, `sample`, `evaluate`, `export` and `dashboard`: looking at runs."""
 
 import argparse
 import json
@@ -26,7 +26,6 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
-    _add_pareto(commands)
     _add_dashboard(commands)
 
 
@@ -88,6 +87,8 @@ alpha is in reward units per nat: the smaller, the stronger. All but best_of_n a
 Rewards are combined as in training. A MODEL's sampler is the one that fits it, but for the keys that are given.
 
   ddpo sample shapes --prompt "a red circle" --steer feynman_kac --reward shapes --steer.alpha 0.05
+  ddpo sample shapes --prompt "a red circle" --num-images 16 --steer feynman_kac --reward jpeg_compressibility \
+      --steer.alpha 0.02 --constraints.0.reward shapes_strict --constraints.0.at_least 0.9    a bound on their mean
   ddpo sample runs/NAME --prompt "a red circle" --steer svdd              the run's own rewards
   ddpo sample MODEL --prompt "a cat" --steer best_of_n --reward pickscore --reward jpeg_estimate --rewards.1.weight 0.1
       --sampler.num_steps 20 --batch.sample_batch_size 8 --model.precision bf16 --output pictures
@@ -185,28 +186,6 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, with its card")
     parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     add_accept(parser, "model", about=_ACCEPT_HELP)
-
-
-_PARETO_EPILOG = """\
-Reads the evaluations of finished or running runs. More is better in every measure but kl.
-
-  ddpo pareto runs/a runs/b runs/c --x jpeg_compressibility --y heldout/shapes_strict
-  ddpo pareto --sweep shapes_ppo --weights jpeg_compressibility=0,1,5,20 --epochs 6     launches the runs first
-
-With --sweep, any --key value of a configuration goes to every run. Runs that are finished already are kept, others go
-on where they stopped, also with more --epochs; a run of another configuration is refused. Ctrl-C saves the run at work.
-"""
-
-
-def _add_pareto(commands: "argparse._SubParsersAction[Parser]") -> None:
-    about = "the runs that no other one beats in two measures: table, JSON, figure"
-    parser = command(commands, "pareto", _pareto, about, epilog=_PARETO_EPILOG)
-    parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help="run folders")
-    parser.add_argument("--x", metavar="MEASURE", help="horizontal axis, e.g. shapes or kl (default: first reward)")
-    parser.add_argument("--y", metavar="MEASURE", help="vertical axis (default: second reward, or first held-out one)")
-    parser.add_argument("--out", type=Path, default=Path("pareto.png"), help="picture (default %(default)s)")
-    parser.add_argument("--sweep", metavar="CONFIG", help="train this configuration once for each of --weights")
-    parser.add_argument("--weights", metavar="NAME=0,1,5", help="with --sweep: a reward and its weights")
 
 
 def _add_dashboard(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -315,17 +294,6 @@ def _check_output(options: argparse.Namespace, *, default: Path) -> None:
     from trainers.run_folder.writable import check_folder
 
     check_folder("--output", options.output or default)
-
-
-def _pareto(options: argparse.Namespace, overrides: list[str]) -> None:
-    from ddpo.validation import UserError
-    from trainers.analysis.pareto import check_picture, report, sweep
-
-    if (options.sweep is None) != (options.weights is None):
-        raise UserError("--sweep CONFIG and --weights NAME=0,1,5 go together")
-    check_picture(options.out)
-    swept = [] if options.sweep is None else sweep(options.sweep, options.weights, overrides)
-    print(report([*options.runs, *swept], x=options.x, y=options.y, out=options.out))
 
 
 def _dashboard(options: argparse.Namespace, _: list[str]) -> None:

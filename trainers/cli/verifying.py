@@ -36,9 +36,11 @@ def _add_verify(commands: "argparse._SubParsersAction[Parser]") -> None:
         dest="level",
         action="store_const",
         const="full",
-        help="also the longer checks (about 8 minutes of one core)",
+        help="also the longer checks (about 6 minutes of one core)",
     )
-    levels.add_argument("--slow", dest="level", action="store_const", const="slow", help="all checks, the slowest too")
+    levels.add_argument(
+        "--slow", dest="level", action="store_const", const="slow", help="all checks, the slowest too (7 minutes)"
+    )
     parser.add_argument("--only", type=names, metavar="GROUP,...", help="only these groups of checks")
     parser.add_argument(
         "--json",

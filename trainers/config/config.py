@@ -72,7 +72,7 @@ class Config:
         advantages: From scores to advantages.
         batch: Numbers of samples and what fits on a device.
         distributed: How several processes share the network.
-        optimizer: AdamW and its learning rate.
+        optimizer: How gradients become steps.
         critic: A learnt value function, the baseline of each step.
         regularization: Holds the weights to what they could do at the start, beside or in place of the KL.
         rewards: What is maximised: the weighted sum of these.
@@ -176,6 +176,7 @@ class Config:
         self._check_units()
         self._check_network()
         self._check_regularization()
+        self._check_trust_region()
 
     def _check_network(self) -> None:
         """What cannot be trained, split over processes, or compiled together."""
@@ -205,9 +206,26 @@ class Config:
         options, strategy = self.regularization, self.distributed.strategy
         cure = "ddp with regularization (a split network is not held to its start)"
         check(strategy == "ddp" or not options.is_on, "distributed.strategy", strategy, cure)
+        cure = "adamw with regularization (a trust region's search does not see its terms)"
+        check(not (options.is_on and self.optimizer.is_trust_region), "optimizer.kind", self.optimizer.kind, cure)
         passes = options.ewc.strength > 0 or options.denoising.strength > 0
         cure = "false with regularization.ewc or regularization.denoising (their passes have batches of their own)"
         check(not (passes and self.model.compile), "model.compile", True, cure)
+
+    def _check_trust_region(self) -> None:
+        """Steps in nats need steps that have them, and a network that can be differentiated twice."""
+        kind, chosen = self.optimizer.kind, f"with optimizer.kind: {self.optimizer.kind}"
+        if not self.optimizer.is_trust_region:
+            return
+        what = "has no recorded steps with noise alone, whose KL is a step's length"
+        cure = f"adamw with objective.kind: {self.objective.kind} and these keys of it (it {what})"
+        check(self.demand.recorded, "optimizer.kind", kind, cure)
+        strategy = self.distributed.strategy
+        check(strategy == "ddp", "distributed.strategy", strategy, f"ddp {chosen} (split weights have no directions)")
+        check(self.model.precision != "fp16", "model.precision", "fp16", f"fp32 or bf16 {chosen} (no scaled losses)")
+        check(not self.model.compile, "model.compile", True, f"false {chosen} (compiled passes derive once)")
+        packed = self.model.quantization
+        check(packed is None, "model.quantization", packed, f"null {chosen} (packed layers derive once)")
 
     def _check_noise(self) -> None:
         """Where an objective needs a density, sampling must have noise; only there a step has a KL and a worth."""
@@ -397,8 +415,12 @@ class Config:
 
         It is where the samples' worth has it, or where something follows it.
         """
-        fixed = isinstance(self.kl, FixedKL) and all(bound.reward != KL_NAME for bound in self.constraints)
-        return self.weighs_kl and (self.demand.likelihood or not fixed)
+        return self.weighs_kl and (self.demand.likelihood or self.follows_kl)
+
+    @property
+    def follows_kl(self) -> bool:
+        """Whether an adaptive weight or a constraint follows the KL: no step is then estimated from a few samples."""
+        return not isinstance(self.kl, FixedKL) or any(bound.reward == KL_NAME for bound in self.constraints)
 
     @property
     def _compares_samples(self) -> bool:

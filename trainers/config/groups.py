@@ -13,6 +13,7 @@ from ddpo.pipeline.quantization import Quantization
 from ddpo.seeds import GroupNoise
 from ddpo.validation import check
 from trainers.config.evaluation_sampler import EvaluationSampler
+from trainers.config.optimizer import OptimizerConfig as OptimizerConfig
 from trainers.prompts import PromptConfig
 
 _LONGEST_NAME = 200
@@ -118,59 +119,6 @@ class DistributedConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     strategy: Literal["ddp", "fsdp", "zero2"] = "ddp"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning rate.
-
-    Attributes:
-        eight_bit: Keep the averages of gradients in 8 bits (bitsandbytes): 2 bytes a trained weight instead of 8.
-        learning_rate: Peak step size; null takes 3e-4 for LoRA, 1e-5 for all weights.
-        beta1: Decay of the mean of gradients.
-        beta2: Decay of the mean of squared gradients.
-        epsilon: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-        max_grad_norm: The gradient is scaled down to this norm when it is longer.
-        schedule: Course of the learning rate after the warm-up, over the run's optimizer steps, or over its time where
-            `max_minutes` ends it first.
-        schedule_epochs: Epochs that the schedule takes; null for those of the run, so that a resume with more of them
-            makes it longer and the rate goes up again.
-        final_rate: Share of the peak rate where the schedule ends, and that later epochs keep.
-        warmup_updates: Optimizer steps over which the rate rises linearly from 0.
-        ema_decay: Decay of the moving average of the weights that is evaluated and exported; 0 takes the last weights.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    eight_bit: bool = False
-    learning_rate: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    schedule_epochs: int | None = None
-    final_rate: float = 0.0
-    warmup_updates: int = 0
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        rate = self.learning_rate
-        check(rate is None or 0 < rate <= 1, "learning_rate", rate, "positive and at most 1, or null")
-        epochs = self.schedule_epochs
-        check(epochs is None or epochs >= 1, "schedule_epochs", epochs, "at least 1 or null")
-        check(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "in [0, 1]")
-        for name in ("beta1", "beta2", "ema_decay"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("epsilon", "max_grad_norm"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        for name in ("weight_decay", "warmup_updates"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("epsilon", "weight_decay"):
-            value = getattr(self, name)
-            check(value is None or value < math.inf, name, value, "finite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,17 @@ _OURS = {
 def elsewhere(key: str) -> str:
     """The key that an unknown dotted one may mean, in another group or by another trainer's word; empty for none."""
     name = key.rpartition(".")[2]
-    if name in _OURS:
-        return _OURS[name]
+    ours = {_squeezed(word): meant for word, meant in _OURS.items()}
+    if _squeezed(name) in ours:
+        return ours[_squeezed(name)]
     others = {known.rpartition(".")[2]: known for known in reversed(every_key()) if known != key}
     close = difflib.get_close_matches(name, others, n=1, cutoff=_ALIKE)
     return others[close[0]] if close else ""
+
+
+def _squeezed(name: str) -> str:
+    """A name as people write it who forget where its words part: `batchsize`, `batch-size`, `batchSize`."""
+    return name.replace("_", "").replace("-", "").lower()
 
 
 @cache

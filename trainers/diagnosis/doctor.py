@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainers.diagnosis.course import Course, read_course, rise
-from trainers.diagnosis.finding import Finding
+from trainers.diagnosis.finding import Finding, rounded
 from trainers.diagnosis.rules import findings
 from trainers.run_folder.folder import RunFolder
 
@@ -23,7 +23,7 @@ def verdicts(course: Course) -> list[Finding]:
     if len(course.reward) >= 6:
         evidence += f"; the reward changed by {change:+.3g} ({errors:+.1f} standard errors)"
     if course.kl:
-        evidence += f" at {course.kl[-1]:.3g} nats"
+        evidence += f" at {rounded(course.kl[-1])} nats"
     return [Finding(name="run", verdict="fine", evidence=evidence, series=course.reward)]
 
 

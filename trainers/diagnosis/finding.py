@@ -45,3 +45,8 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
     low, span = min(means), max(means) - min(means)
     return "".join(_BARS[round((len(_BARS) - 1) * (value - low) / span) if span else 0] for value in means)
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """A number to so many digits, written out below a million: 1110 for 1112, not 1.11e+03."""
+    return f"{float(f'{value:.{digits}g}'):.6g}"

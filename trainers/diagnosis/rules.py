@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ddpo.objectives import PolicyGradientConfig
 from trainers.diagnosis.course import Course, rise
-from trainers.diagnosis.finding import Finding, Verdict
+from trainers.diagnosis.finding import Finding, Verdict, rounded
 
 MIN_EPOCHS = 6
 CLEAR = 3.0
@@ -95,7 +95,7 @@ def wrong_guidance(course: Course) -> Finding | None:
     scale = config.sampler.guidance_scale
     if config.objective.build().demand.guidance or scale <= 1:
         return None
-    moved = f", which has moved {conditional[-1]:.3g} nats" if conditional else ""
+    moved = f", which has moved {rounded(conditional[-1])} nats" if conditional else ""
     evidence = f"images are sampled with guidance {scale:g}, the branch without it is trained{moved}"
     return Finding(name="guidance differs", verdict="look", evidence=evidence,
                    cure="objective.train_guidance: same, or sampler.guidance_scale: 1")  # fmt: skip
@@ -135,7 +135,7 @@ def collapse(course: Course) -> Finding | None:
     stays = means[top] - means[-1] > 0.5 * fall
     if not (lost and stays and _is_clear_fall(reward[top:], fall)):
         return None
-    at = f" at {kl[min(top, len(kl) - 1)]:.3g} nats, which became {kl[-1]:.3g}" if kl else ""
+    at = f" at {rounded(kl[min(top, len(kl) - 1)])} nats, which became {rounded(kl[-1])}" if kl else ""
     evidence = (
         f"the reward fell by {fall:.3g} from its height of {means[top]:.4g} in epoch {top + 1}{at}{_step(course)}"
     )
@@ -153,7 +153,7 @@ def too_fast(course: Course) -> Finding | None:
     moved = max(b - a for a, b in zip(kl, kl[1:], strict=False))
     if moved < 20:
         return None
-    evidence = f"an epoch moved the policy by {moved:.3g} nats"
+    evidence = f"an epoch moved the policy by {rounded(moved)} nats"
     return Finding(name="rate too large", verdict="wrong", evidence=evidence + _step(course),
                    cure=f"optimizer.learning_rate: {_rate(course, 0.1)}", series=kl)  # fmt: skip
 
@@ -172,13 +172,13 @@ def flat(course: Course) -> Finding | None:
     told = f"the reward changed by {change:+.3g} ({errors:+.1f} standard errors)"
     if moved < STILL:
         return Finding(name="rate too small", verdict="wrong", series=kl,
-                       evidence=f"{told}; {len(kl)} epochs moved the policy by {kl[-1]:.2g} nats",
+                       evidence=f"{told}; {len(kl)} epochs moved the policy by {rounded(kl[-1], 2)} nats",
                        cure=f"optimizer.learning_rate: {_rate(course, 10)}")  # fmt: skip
     if abs(change) > 0.3 * course.spread:
         return None
     return Finding(name="reward noise", verdict="wrong", series=reward,
-                   evidence=f"{told}, though {len(kl)} epochs moved the policy by {kl[-1]:.2g} nats: what the images "
-                   "share with their scores is not enough to learn from",
+                   evidence=f"{told}, though {len(kl)} epochs moved the policy by {rounded(kl[-1], 2)} nats: what the "
+                   "images share with their scores is not enough to learn from",
                    cure="rewards: one that scores an image the same twice; batch.samples_per_epoch: more")  # fmt: skip
 
 
@@ -196,8 +196,8 @@ def over_optimised(course: Course) -> Finding | None:
                      f"evaluation at epoch {last['since']} as the training reward rose")  # fmt: skip
     if gone:
         parts.append(f"diversity fell from {diversity[0]:.3g} to {diversity[-1]:.3g}")
-    nats = f"; the KL is {course.kl[-1]:.3g} nats" if course.kl else ""
-    held = "kl: {kind: adaptive, target: %.2g}" % (course.kl[-1] / 3 if course.kl else 5)
+    nats = f"; the KL is {rounded(course.kl[-1])} nats" if course.kl else ""
+    held = f"kl: {{kind: adaptive, target: {rounded(course.kl[-1] / 3 if course.kl else 5, 2)}}}"
     slower = f"optimizer.learning_rate: {_rate(course, 0.3)}"
     cure = f"{held if course.can_weigh_kl else slower}; evaluation.stop_on_overoptimisation: true"
     return Finding(name="over-optimisation", verdict="wrong" if caught else "look", evidence="; ".join(parts) + nats,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpo import Samples
+from ddpo.curvature import FisherProducts
 from ddpo.objectives import Experience, Models
 from ddpo.steered import Steering
 from rewards import Scores
@@ -22,13 +23,14 @@ from trainers.epoch.score import score
 from trainers.epoch.score_gradient import ScoreGradient
 from trainers.epoch.state import TrainState
 from trainers.epoch.step_rules import adamw
+from trainers.epoch.trust_region import trust_region
 from trainers.epoch.update import Updater
 from trainers.parallel.processes import Processes
 from trainers.planning.plan import BatchPlan
 from trainers.prompts import Prompt
 from trainers.scoring.steering_reward import steering_reward
 from trainers.tracking.metrics import Stopwatch
-from trainers.tracking.progress import Progress
+from trainers.tracking.progress import Progress, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ def online(
         plan=plan,
         predict_at=config.shaping.steps,
         kl_of_all=config.measures_kl,
+        follows_kl=config.follows_kl,
         group_noise="shared" if config.demand.same_start else config.batch.group_noise,
         steering=_steering(state, threads),
         keep_on=config.batch.trajectories,
@@ -94,6 +97,7 @@ def online(
         processes=processes,
         progress=progress,
         reader=None if values is None else values.reader,
+        videos=state.reward.scores_videos,
     )
     rules = CreditRules(
         reward=state.reward,
@@ -178,18 +182,17 @@ def updater(
         assert isinstance(seconds, float)
         return seconds / (60 * config.max_minutes)
 
+    curved, total = config.optimizer.is_trust_region, schedule_updates(config, plan.optimizer_steps_per_epoch)
     return Updater(
         objective=config.objective.build(),
         score=differentiated,
         preparation=state.preparation,
         models=Models(policy=state.policy, old=state.old, score=differentiated),
         learners=(state.learner,),
-        rule=adamw(
-            config.optimizer,
-            scaler=state.scaler,
-            total=schedule_updates(config, plan.optimizer_steps_per_epoch),
-            elapsed=elapsed,
-        ),
+        rule=trust_region(config.optimizer)
+        if curved
+        else adamw(config.optimizer, scaler=state.scaler, total=total, elapsed=elapsed),
+        products=FisherProducts(policy=state.policy, tell=_teller(processes)) if curved else None,
         scaler=state.scaler,
         plan=plan,
         distributed=config.distributed,
@@ -199,3 +202,8 @@ def updater(
         progress=progress,
         regularizer=regularizer,
     )
+
+
+def _teller(processes: Processes) -> Callable[[str], None]:
+    """Says a line on the terminal, on the main process."""
+    return say if processes.is_main else lambda text: None

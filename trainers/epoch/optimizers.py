@@ -13,13 +13,15 @@ STEP = "step"
 
 
 def make_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over the trained weights, with averages in float32 or 8 bits.
+    """AdamW over the trained weights, with averages in float32 or 8 bits; of a trust region what keeps its state.
 
     The 8-bit kind (Dettmers et al., arXiv:2110.02861) quantises blocks of 256 values; tensors of fewer than 4,096
     values keep 32 bits.
     """
     check_optimizer(config)
     options = config.optimizer
+    if options.is_trust_region:  # its rule places the weights itself
+        return torch.optim.SGD(parameters, lr=1.0)
     if options.eight_bit:
         from bitsandbytes.optim import AdamW8bit as Optimizer
     else:

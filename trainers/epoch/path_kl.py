@@ -5,8 +5,8 @@ estimated from few random sites (`ddpo.path_kl`), of which sampling keeps the me
 each, at most 3% of an epoch's, whatever its size.
 
 That KL is of the steps that have noise in this epoch, and of them alone. Where a window leaves others to the ODE, what
-these would add under the sampler's full noise is estimated too, from sites of their own. The sum can be compared
-between windows, and is what adaptive weights and constraints follow.
+these would add under the sampler's full noise is estimated too, from sites of their own; of all samples, where an
+adaptive weight or a constraint follows the sum, which can be compared between windows.
 """
 
 import math
@@ -83,6 +83,8 @@ def estimated_hidden_kl(
     in_step: bool,
 ) -> float:
     """What the steps that an epoch leaves to the ODE would add to its KL with the sampler's full noise, nats.
+
+    The mean of these samples themselves, where all of them have sites at all those steps.
 
     Args:
         policy: As for `estimated_kl`.

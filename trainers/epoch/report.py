@@ -21,7 +21,8 @@ from trainers.epoch.path_kl import EpochKL
 from trainers.epoch.state import TrainState
 from trainers.epoch.update import UpdateReport
 from trainers.evaluation.evaluator import Evaluation
-from trainers.evaluation.statistics import population
+from trainers.evaluation.statistics import Measure, numbered, population
+from trainers.prompts import Prompt
 from trainers.run_folder.folder import Metric
 from trainers.run_folder.ledger import replace_text, replaced
 from trainers.tracking.metrics import Stopwatch, memory_gib
@@ -59,7 +60,7 @@ def epoch_row(
         "epoch": state.epoch,
         "samples": state.counts.samples,
         "updates": state.learner.counts.updates,
-        **({} if collected.scores is None else _rewards(collected.scores)),
+        **({} if collected.scores is None else _rewards(collected.scores, collected.prompts)),
         **({} if kl is None else _kl(kl, guided=is_sampling_policy(state))),
         **({} if collected.credit is None else _credit(collected.credit, shaped=bool(state.config.shaping.steps))),
         **({} if fitted is None else {"critic/loss": fitted.loss, "critic/grad_norm": fitted.grad_norm}),
@@ -68,6 +69,7 @@ def epoch_row(
         "optimizer/grad_norm": report.grad_norm,
         "optimizer/learning_rate": report.learning_rate,
         "optimizer/skipped": report.skipped,
+        **{f"optimizer/{name}": value for name, value in report.measured.items()},
         **({"evaluation/overoptimised": state.counts.overoptimised} if state.config.heldout_rewards else {}),
         **({} if kl is None else {"per_step/kl_nats": kl.per_step.tolist(), **_entropy(collected.samples.trajectory)}),
         **({} if report.drift is None else {"per_step/gate_nats": report.drift.tolist()}),
@@ -80,10 +82,15 @@ def epoch_row(
     }
 
 
-def _rewards(scores: Scores) -> dict[str, Metric]:
-    """Of the total, and the mean of each component."""
-    means = {f"reward/{name}": float(values.mean()) for name, values in scores.components.items()}
-    return {"reward/mean": float(scores.total.mean()), "reward/std": float(scores.total.std()), **means}
+def _rewards(scores: Scores, prompts: Sequence[Prompt]) -> dict[str, Metric]:
+    """Of the total, with the standard error of its mean, and the mean of each component."""
+    total = Measure.of(scores.total, numbered([prompt.group for prompt in prompts]))
+    return {
+        "reward/mean": float(scores.total.mean()),
+        **({} if total.error is None else {"reward/mean_se": total.error}),
+        "reward/std": float(scores.total.std()),
+        **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
+    }
 
 
 def _credit(credit: Credit, *, shaped: bool) -> dict[str, Metric]:

@@ -16,10 +16,9 @@ from torch import Tensor
 from ddpo import Policy, Samples, Trajectory, rollout
 from ddpo.contenders import predicted_clean, with_contenders
 from ddpo.objectives.base import Demand, Weights, trained_view
-from ddpo.path_kl import draw_sites, steps_left_to_the_ode
+from ddpo.path_kl import SHARE, draw_sites, steps_left_to_the_ode
 from ddpo.pipeline.features import FeatureReader
 from ddpo.placement import pinned
-from ddpo.sampling.schedule import Schedule
 from ddpo.seeds import GroupNoise, Purpose, group_seeds, one_seed
 from ddpo.steered import Steering, steered_trajectory
 from ddpo.steering import Steer
@@ -45,7 +44,7 @@ class Decoded:
 
     Attributes:
         latents: (B, *latent).
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, 3, H, W), or (B, F, 3, H, W) where rewards are given all frames, in [0, 1].
     """
 
     latents: Tensor
@@ -82,6 +81,8 @@ class Sampler:
         predict_at: Steps before which the predicted clean image is decoded too.
         kl_of_all: Whether the KL to the pretrained model is measured at every step of every sample; else it is
             estimated.
+        follows_kl: Whether something moves with that KL; what steps that an epoch leaves to the ODE would add to it is
+            then measured of all samples too, else of a few.
         group_noise: How the noises of a group belong together.
         steering: Towards the rewards; None for none. Steered samples are not the policy's: they have no path KL.
         keep_on: Where latents and conditions wait for training.
@@ -90,6 +91,7 @@ class Sampler:
         processes: Who shares the epoch.
         progress: Shows the batches.
         reader: Reads the denoiser's features; None for no features.
+        videos: Whether rewards are given all frames.
     """
 
     policy: Policy
@@ -98,6 +100,7 @@ class Sampler:
     plan: BatchPlan
     predict_at: Sequence[int]
     kl_of_all: bool
+    follows_kl: bool
     group_noise: GroupNoise
     steering: Steering | None
     keep_on: Literal["device", "cpu"]
@@ -106,6 +109,7 @@ class Sampler:
     processes: Processes
     progress: Progress
     reader: FeatureReader | None = None
+    videos: bool = False
 
     def __call__(self, prompts: Sequence[Prompt], *, epoch: int, clock: Stopwatch) -> Iterator[SampledBatch]:
         """Samples this process's part of an epoch.
@@ -182,8 +186,9 @@ class Sampler:
                     for c, j in self.contests:
                         predicted[c, j] = predicted_clean(policy, path, step=c, contender=j)
         with clock("decode"):
+            decode = policy.decode_frames if self.videos else policy.decode
             final, *others = (
-                Decoded(latents=latents, images=policy.decode(latents)) for latents in (path.final, *predicted.values())
+                Decoded(latents=latents, images=decode(latents)) for latents in (path.final, *predicted.values())
             )
         stored = path.kept_on_cpu() if self.keep_on == "cpu" else path
         return SampledBatch(
@@ -221,15 +226,12 @@ class Sampler:
         if self.steering is not None:
             return None
         hidden = steps_left_to_the_ode(policy, policy.schedule)
-        measured = [] if self.kl_of_all else [policy.schedule]
-        schedules = [*measured, *([] if hidden is None else [hidden])]
-        if not policy.schedule.stochastic_steps or not schedules:
+        parts = [] if self.kl_of_all else [(policy.schedule, SHARE)]
+        parts += [] if hidden is None else [(hidden, 1.0 if self.follows_kl else SHARE)]
+        if not policy.schedule.stochastic_steps or not parts:
             return None
-        return Sites.join([self._drawn(schedule, epoch=epoch) for schedule in schedules])
-
-    def _drawn(self, schedule: Schedule, *, epoch: int) -> Sites:
-        count = self.plan.images_per_epoch
-        return draw_sites(count, schedule, seed=one_seed(self.seed, epoch, purpose=Purpose.SITES))
+        count, seed = self.plan.images_per_epoch, one_seed(self.seed, epoch, purpose=Purpose.SITES)
+        return Sites.join([draw_sites(count, schedule, share=share, seed=seed) for schedule, share in parts])
 
     def _weights(self, policy: Policy) -> AbstractContextManager[None]:
         return nullcontext() if self.old is None else policy.using(self.old)

@@ -3,8 +3,8 @@
 A rule is given the learners and the update, and may go through the update's micro-batches as often as it likes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -36,11 +36,13 @@ class StepReport:
 
     Attributes:
         grad_norm: Before clipping; None if the step was skipped for it.
-        learning_rate: Of the step.
+        learning_rate: Of the step; of a trust region the multiple of the direction that was taken.
+        measured: What else the rule has measured, by name.
     """
 
     grad_norm: float | None
     learning_rate: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 StepRule = Callable[[Sequence[Learner], Update], dict[str, StepReport]]
@@ -68,7 +70,8 @@ def adamw(options: OptimizerConfig, *, scaler: torch.amp.GradScaler, total: int,
         scaler.update()
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-            _check_progress(learner)
+            group = "optimizer" if learner.name == POLICY else learner.name
+            check_progress(learner, cure=f"lower {group}.learning_rate, or use model.precision: fp32 or bf16")
         return reports
 
     return step
@@ -91,15 +94,14 @@ def _step(learner: Learner, factor: float, options: OptimizerConfig, scaler: tor
     return StepReport(grad_norm=norm if finite else None, learning_rate=optimizer.param_groups[0]["lr"])
 
 
-def _check_progress(learner: Learner) -> None:
-    """Ends a run whose gradients stay non-finite.
+def check_progress(learner: Learner, *, cure: str) -> None:
+    """Ends a run whose gradients stay non-finite, with a word on what to do.
 
     Raises:
         DivergedError: The third skip in a row.
     """
     if learner.counts.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        group = "optimizer" if learner.name == POLICY else learner.name
         raise DivergedError(
             f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row (up to update "
-            f"{learner.counts.updates}); lower {group}.learning_rate, or use model.precision: fp32 or bf16"
+            f"{learner.counts.updates}); {cure}"
         )

@@ -2,19 +2,24 @@
 
 Each pass permutes every sample's units of work; update u takes its own share of them from every sample. An update is
 accumulated over micro-batches of units, of any samples mixed, so that memory is bounded by `train_batch_size` alone.
+Samples that the objective knows to have no gradient come last, and micro-batches of nothing else are left out: the
+gradient is the same, to the order of its sum.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ddpo.curvature import FisherProducts
 from ddpo.objectives import Experience, Models, Objective
-from ddpo.objectives.base import Preparation, Surveying, trained_view
+from ddpo.objectives.base import Preparation, Sparing, Surveying, trained_view
 from ddpo.seeds import Purpose, one_seed, random_orders, stream
 from trainers.config.groups import DistributedConfig
+from trainers.epoch.curvature import Geometry, thinned
 from trainers.epoch.drift import Gate
 from trainers.epoch.learner import Learner
 from trainers.epoch.prepare import prepared
@@ -41,6 +46,7 @@ class UpdateReport:
         grad_norm: Mean gradient norm of the policy before clipping; NaN if every update was skipped.
         learning_rate: Of its last update.
         skipped: Its updates skipped for non-finite gradients.
+        measured: Means over the updates of what the step rule has measured besides, by name.
     """
 
     per_step: dict[str, Tensor]
@@ -49,6 +55,7 @@ class UpdateReport:
     grad_norm: float
     learning_rate: float
     skipped: int
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,7 @@ class Updater:
         processes: Whose gradients are added up.
         progress: Shows the micro-batches.
         regularizer: Adds terms that hold the weights to those of the start; None for none.
+        products: Of the Fisher matrix, for step rules that ask for them.
     """
 
     objective: Objective[Any]
@@ -86,6 +94,7 @@ class Updater:
     processes: Processes
     progress: Progress
     regularizer: Regularizer | None = None
+    products: FisherProducts | None = None
 
     def __call__(self, experience: Experience, *, epoch: int) -> UpdateReport:
         """Takes an epoch's optimizer steps.
@@ -105,10 +114,12 @@ class Updater:
         experience = self._prepared(models, experience, epoch=epoch)
         totals = Means(path.schedule.num_steps, self.models.policy.device)
         gate = Gate(tolerance=self.gate_tolerance, dims=path.final[0].numel())
-        steps: list[StepReport] = []
+        idle, steps = self._idle(experience), list[StepReport]()
         for number in range(self.plan.passes):
             seed = one_seed(self.seed, epoch, number, purpose=Purpose.PASS)
             for work in deal(experience, self.plan, seed=seed):
+                if idle is not None:
+                    work = work.without(idle, self.processes)
                 batches = MicroBatches(
                     updater=self, models=models, experience=experience, work=work, totals=totals, gate=gate
                 )
@@ -116,6 +127,12 @@ class Updater:
         for learner in self.learners:
             learner.update_averages(after="epoch")
         return self._report(totals, gate, steps)
+
+    def _idle(self, experience: Experience) -> Tensor | None:
+        """Which samples have no gradient, (B,) bool on the CPU; None where the objective cannot tell."""
+        if not self.objective.demand.spares:
+            return None
+        return cast("Sparing", self.objective).idle(experience).cpu()
 
     def _prepared(self, models: Models, experience: Experience, *, epoch: int) -> Experience:
         if self.preparation is None:
@@ -143,6 +160,7 @@ class Updater:
             grad_norm=sum(norms) / len(norms) if norms else float("nan"),
             learning_rate=steps[-1].learning_rate,
             skipped=len(steps) - len(norms),
+            measured=_means([step.measured for step in steps if step.measured]),
         )
 
 
@@ -154,13 +172,32 @@ class Work:
         rows: Their samples, (M,) int64 on the CPU.
         slots: Which of a sample's units, (M,) int64 on the CPU.
         sizes: Units of each micro-batch; they sum to M.
+        share: Units of each sample that the update is a mean over.
         seed: Of the pass.
     """
 
     rows: Tensor
     slots: Tensor
     sizes: Sequence[int]
+    share: int
     seed: int
+
+    def without(self, idle: Tensor, processes: Processes) -> "Work":
+        """The first micro-batches, as many as hold what is not idle in the process that has the most of it.
+
+        One is left at least, which shows whether training recomputes what was sampled. What is idle fills them up, so
+        that calls keep their size.
+
+        Args:
+            idle: Which samples have no gradient, (B,) bool on the CPU.
+            processes: All take as many.
+        """
+        rests = idle[self.rows]
+        busy = int((~rests).sum())
+        count = next(number for number, held in enumerate(accumulate(self.sizes), start=1) if held >= busy)
+        sizes = self.sizes[: processes.largest(count)]
+        order = torch.argsort(rests, stable=True)[: sum(sizes)]
+        return replace(self, rows=self.rows[order], slots=self.slots[order], sizes=sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +263,32 @@ class MicroBatches:
             total += share * objective.survey(self.models, batch).double().mean()
         return by.processes.sum(total).float()
 
+    def geometry(self, *, stride: int) -> Geometry:
+        """Of every `stride`-th of its recorded steps."""
+        by, work = self.updater, self.work
+        assert by.products is not None, "made where the step rule asks for them"
+        units = thinned(
+            work.rows,
+            work.slots,
+            start=self.experience.start,
+            samples=by.plan.images_per_epoch,
+            stride=stride,
+            batch_size=by.plan.train_batch_size,
+            seed=work.seed,
+        )
+        return Geometry(
+            objective=by.objective,
+            models=self.models,
+            experience=self.experience,
+            units=units,
+            products=by.products,
+            processes=by.processes,
+        )
+
     def _cut(self) -> Iterator[tuple[object, float]]:
         """The micro-batches, each with its share of all processes' update."""
         by, work = self.updater, self.work
-        everyones = by.plan.images_per_epoch * len(work.rows) // by.plan.samples_per_process
+        everyones = by.plan.images_per_epoch * work.share
         start = 0
         for size in by.progress.track(work.sizes, "training"):
             by.processes.safe_point("training")
@@ -251,8 +310,13 @@ def deal(experience: Experience, plan: BatchPlan, *, seed: int) -> Iterator[Work
     for share, sizes in zip(plan.shares, plan.micro_batches, strict=True):
         slots = own[:, first : first + share]
         rows = torch.arange(len(slots))[:, None].expand_as(slots)
-        yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, seed=seed)
+        yield Work(rows=rows.flatten(), slots=slots.flatten(), sizes=sizes, share=share, seed=seed)
         first += share
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over rows of the same names."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
 
 
 def _or_first(steps: Tensor | None, values: Tensor) -> Tensor:

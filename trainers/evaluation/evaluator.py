@@ -17,10 +17,11 @@ from ddpo import Keep, Policy, Samples, rollout, sample_seeds
 from ddpo.displacement import displacement
 from ddpo.file_modes import open_by_umask
 from ddpo.path_kl import full_noise_kl, steps_left_to_the_ode
-from ddpo.pipeline.input_images import IMAGE
+from ddpo.pipeline.input_images import identities
 from ddpo.seeds import Purpose
 from rewards import RewardError, WeightedSum
 from rewards.base import check_components
+from rewards.frames import middle_frame
 from trainers.config import Config
 from trainers.config.groups import EvaluationConfig
 from trainers.evaluation.forgetting import NAME as FORGETTING
@@ -142,7 +143,7 @@ class ImageSlot:
 
 
 def _identity(prompt: Prompt) -> tuple[str, str]:
-    return prompt.text, str(prompt.metadata.get(IMAGE, ""))
+    return prompt.text, identities(prompt.metadata)
 
 
 class Evaluator:
@@ -245,6 +246,7 @@ class Evaluator:
     ) -> tuple[dict[str, Tensor], Tensor]:
         ranks = [self.batches(rank, self._processes.count) for rank in range(self._processes.count)]
         own, most = ranks[self._processes.rank], max(map(len, ranks))
+        videos = any(one.scores_videos for one in (reward, heldout) if one is not None)
         groupwise = reward.groupwise or (heldout is not None and heldout.groupwise)
         buffer = GroupBuffer(self._config.images_per_prompt if groupwise else 1)
         sampled: list[dict[str, Tensor]] = []
@@ -252,10 +254,10 @@ class Evaluator:
         for indices in self._progress.track([*own, *[range(0)] * (most - len(own))], label):
             self._processes.safe_point("evaluation")
             # A split network computes with all processes or none: one that has no image left makes one to throw away.
-            images, samples, kl = self._sample(policy, indices or range(1))
+            images, samples, kl = self._sample(policy, indices or range(1), videos=videos)
             failure: RewardError | None = find_non_finite(images, samples.trajectory.final, samples.prompts)
             if indices and failure is None:
-                sampled.append({**kl, _IMAGES: (images * 255).round().to(torch.uint8).cpu()})
+                sampled.append({**kl, _IMAGES: (middle_frame(images) * 255).round().to(torch.uint8).cpu()})
                 try:
                     for batch in buffer.add(images, samples.prompts, samples.metadata):
                         with named_by_number(own[0].start + batch.start, len(batch.prompts)):
@@ -290,11 +292,12 @@ class Evaluator:
             found.append(losses[: len(indices)])
         return self._processes.gather(torch.cat(found))
 
-    def _sample(self, policy: Policy, indices: range) -> tuple[Tensor, Samples, dict[str, Tensor]]:
+    def _sample(self, policy: Policy, indices: range, *, videos: bool) -> tuple[Tensor, Samples, dict[str, Tensor]]:
         """Images of some of the set, what they were decoded from, and their path KL where it was measured."""
         with_kl = bool(policy.schedule.stochastic_steps)
         samples = sample_images(policy, [self.prompts[i] for i in indices], self.seeds(indices), with_kl=with_kl)
-        images, kl = policy.decode(samples.trajectory.final), samples.trajectory.kl
+        final, kl = samples.trajectory.final, samples.trajectory.kl
+        images = policy.decode_frames(final) if videos else policy.decode(final)
         return images, samples, {} if kl is None else {KL: kl.sum(1).cpu().float(), **_noise_free(policy, samples)}
 
 

@@ -15,14 +15,16 @@ once: then no batch may be empty. A denoiser row is one latent through the netwo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ddpo.objectives import Demand
-from ddpo.path_kl import count_sites
+from ddpo.path_kl import SHARE, count_sites
 from ddpo.sampling.samplers import FLOW_ONLY, SamplerConfig
 from ddpo.sampling.step_selection import StepSelection
 from ddpo.validation import UserError
 from trainers.config import Config
+from trainers.config.optimizer import PROBES
 from trainers.parallel.shares import in_step, share, split_evenly
 from trainers.planning.architectures import stacks_guidance
 
@@ -75,6 +77,8 @@ class BatchPlan:
             the model at the start could make; 0 without it.
         start_rows: Denoiser rows once, over all processes: samples of the model at the start, and its Fisher
             information.
+        curvature_rows: Denoiser rows per epoch, over all processes, at most, of a trust region: with a backward pass of
+            its Fisher products, without one of its looks at how far a step has moved the policy; 0 without one.
     """
 
     num_processes: int
@@ -111,6 +115,7 @@ class BatchPlan:
     critic_updates: int = 0
     denoising_rows: int = 0
     start_rows: int = 0
+    curvature_rows: int = 0
 
     @property
     def micro_batches_per_update(self) -> tuple[int, ...]:
@@ -133,7 +138,8 @@ class BatchPlan:
     @property
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
-        return self.sampling_rows + self.training_rows + self.reference_rows + self.denoising_rows
+        own = self.sampling_rows + self.training_rows + self.reference_rows
+        return own + self.curvature_rows + self.denoising_rows
 
     def _critic(self) -> list[tuple[str, str]]:
         """A row of the table, where there is a critic."""
@@ -180,7 +186,8 @@ class BatchPlan:
                 "denoiser rows",
                 f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
                 f" + {self.training_rows:,} training + {self.reference_rows:,} reference"
-                + (f" + {self.denoising_rows:,} denoising" if self.denoising_rows else ""),
+                + (f" + {self.denoising_rows:,} denoising" if self.denoising_rows else "")
+                + (f" + up to {self.curvature_rows:,} Fisher products and steps tried" if self.curvature_rows else ""),
             ),
             *self._once(),
             *self._critic(),
@@ -300,12 +307,28 @@ def make_plan(
         reference_rows=reference_rows + training_rows * frozen_passes,
         frozen_passes=frozen_passes,
         keeps_reference=keeps_reference,
-        rows_known=not demand.varies and config.steer is None,
+        rows_known=not demand.varies and config.steer is None and (config.weighs_kl or not demand.spares),
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
         denoising_rows=demand.updates * demand.passes * _denoising_batch(config),
         start_rows=config.regularization.own_samples * config.sampler.num_steps + config.regularization.fisher_rows,
+        curvature_rows=_curvature_rows(config, shares, branches=trained_branches),
     )
+
+
+def _curvature_rows(config: Config, shares: Sequence[int], *, branches: int) -> int:
+    """At most: a product an iteration and one or two besides, the diagonal's probes, and a pass a step that is tried.
+
+    Where the KL has a weight, what a step is worth takes a row of the pretrained network too.
+    """
+    if not config.optimizer.is_trust_region:
+        return 0
+    region = config.optimizer.region
+    units = sum(-(-config.batch.samples_per_epoch * part // region.stride) for part in shares)
+    products = region.cg_iterations + (1 + PROBES if region.diagonal else 2)
+    looks = 2 + region.backtracks  # before the step, the whole step, shorter ones
+    rows = products + looks * (2 if config.weighs_kl else 1)
+    return units * config.demand.passes * rows * branches
 
 
 def _denoising_batch(config: Config) -> int:
@@ -373,15 +396,16 @@ def _finds_reference_anew(config: Config) -> bool:
 def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: int) -> int:
     """Those of every sampled decision where all are measured, else of a few sites; and those that prepare an epoch.
 
-    Steps that epochs leave to the ODE have a few sites too, where their KL with full noise takes two rows each. Steered
-    samples have none.
+    Steps that epochs leave to the ODE have a few sites too, or all where something follows the KL; their KL with full
+    noise takes two rows each. Steered samples have none.
     """
     samples, sampler = config.batch.samples_per_epoch, config.sampler
     if config.offline:
         return 0
-    everything = replace(sampler, stochastic_steps=StepSelection()).max_stochastic_steps
-    hidden = everything - num_stochastic if sampler.stochastic_steps != StepSelection() else 0
-    full_noise = 2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden) if hidden else 0
+    hidden, share = steps_outside_windows(config, num_stochastic), 1.0 if config.follows_kl else SHARE
+    full_noise = (
+        2 * count_sites(samples, num_steps=sampler.num_steps, num_stochastic=hidden, share=share) if hidden else 0
+    )
     prepare = config.demand.prepare
     preparing = 0 if prepare is None else samples * prepare.rows(sampler.num_steps) * branches
     if config.steer is not None:
@@ -390,6 +414,12 @@ def _sampled_reference_rows(config: Config, num_stochastic: int, *, branches: in
         return (samples * num_stochastic + full_noise) * branches + preparing
     own = count_sites(samples, num_steps=sampler.num_steps, num_stochastic=num_stochastic)
     return (own + full_noise) * branches + preparing
+
+
+def steps_outside_windows(config: Config, num_stochastic: int) -> int:
+    """How many steps an epoch leaves to the ODE that have noise under the sampler's full noise."""
+    everything = replace(config.sampler, stochastic_steps=StepSelection()).max_stochastic_steps
+    return everything - num_stochastic if config.sampler.stochastic_steps != StepSelection() else 0
 
 
 def _check_updates(demand: Demand, units: int, num_stochastic: int) -> None:

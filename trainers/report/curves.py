@@ -57,13 +57,9 @@ def _grid(charts: Iterable[str]) -> str:
 
 
 def _curve(subject: Subject, index: int, key: str) -> Line:
-    """A number by epoch with its standard error: logged as `KEY_se`, or that of an epoch's mean reward."""
+    """A number by epoch with its standard error, where it has one."""
     rows = [row for row in _rows(subject) if isinstance(row.get(key), int | float)]
-    if key == "reward/mean":
-        root = math.sqrt(subject.config.batch.samples_per_epoch)
-        errors = [_number(row.get("reward/std")) / root for row in rows]
-    else:
-        errors = [_number(row.get(f"{key}_se")) for row in rows]
+    errors = [_number(row.get(f"{key}_se")) for row in rows]
     x, y = [_number(row["epoch"]) for row in rows], [_number(row[key]) for row in rows]
     return Line.with_errors(label=subject.name, colour=colour(index), x=x, y=y, errors=errors)
 

@@ -141,7 +141,7 @@ def cells(run: RunSummary) -> tuple[str, ...]:
         run.state,
         f"{run.epochs}/{'?' if run.of is None else run.of}",
         "-" if run.reward is None else f"{run.reward[0]:.4g} -> {run.reward[1]:.4g}",
-        "-" if run.kl is None else f"{run.kl:.3g}",
+        "-" if run.kl is None else f"{float(f'{run.kl:.3g}'):.6g}",
         f"{run.minutes:.1f}",
         _readable(run.bytes),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ddpo.pipeline.input_images import IMAGE, identity
+from ddpo.pipeline.input_images import INPUT_NAMES, identity
 from ddpo.validation import UserError
 from trainers.parallel.agreement import on_main
 from trainers.parallel.processes import Processes
@@ -92,7 +92,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> Entry:
     """Number and SHA-256 of prompts in their order: texts, input images, and metadata as far as it is plain values."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        entry = {key: _image(value) if key == IMAGE else value for key, value in prompt.metadata.items()}
+        entry = {key: _image(value) if key in INPUT_NAMES else value for key, value in prompt.metadata.items()}
         digest.update(json.dumps([prompt.text, _plain(entry)]).encode() + b"\n")
     return {"number": len(prompts), "hash": digest.hexdigest()}
 

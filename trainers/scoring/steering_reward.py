@@ -1,13 +1,15 @@
 """A run's rewards as steering asks for them: of predicted images on the way as of finished ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from ddpo.steered import RewardOf
+from ddpo.credit.lagrangian import Constraint
+from ddpo.steered import Bounds, RewardOf
 from ddpo.steering import Kind
 from ddpo.validation import UserError
-from rewards import WeightedSum
+from rewards import RewardTerm, WeightedSum
 
 
 def steering_reward(reward: WeightedSum, *, epoch: Callable[[], int]) -> RewardOf:
@@ -22,6 +24,28 @@ def steering_reward(reward: WeightedSum, *, epoch: Callable[[], int]) -> RewardO
         return reward(images, prompts, metadata, epoch=epoch(), gradient=images.requires_grad).total
 
     return total
+
+
+def steering_bounds(
+    constraints: Sequence[Constraint], terms: Sequence[RewardTerm], *, device: torch.device
+) -> tuple[Bounds, WeightedSum]:
+    """Bounds on steered samples, and the rewards that score what is bounded, which nothing else asks on the way.
+
+    Args:
+        constraints: At least one.
+        terms: All rewards, those that only constraints name included.
+        device: Where networks of rewards run.
+    """
+    names = [one.reward for one in constraints]
+    wanted = {part for name in names for part in (name, name.partition("/")[0])}
+    measured = WeightedSum([term for term in terms if wanted & set(term.aliases)], device=device)
+
+    def scores(images: Tensor, prompts: list[str], metadata: list[Mapping[str, object]]) -> dict[str, Tensor]:
+        components = measured.components(images, prompts, metadata)
+        keys = {name: measured.component_of(name) for name in names}
+        return components | {name: components[key] for name, key in keys.items() if key in components}
+
+    return Bounds(constraints=constraints, scores=scores), measured
 
 
 def check_steering_reward(steer: Kind, reward: WeightedSum) -> None:

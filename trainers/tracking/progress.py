@@ -62,10 +62,17 @@ class Progress:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if timed else None,
         )  # fmt: skip
 
-    def note_time(self, bar: "tqdm[int]", minutes: float, limit: float | None) -> None:
-        """Says at the end of the bar over epochs how much of a time limit is used up; nothing without one."""
+    def note_time(self, bar: "tqdm[int]", minutes: float, limit: float | None, *, epochs: int) -> None:
+        """Says at the end of the bar over epochs how much of a time limit is used up, and when the run would end.
+
+        Args:
+            bar: Over all epochs of the run.
+            minutes: Used by the epochs that are done.
+            limit: Of minutes; None says nothing.
+            epochs: That are done.
+        """
         if limit is not None:
-            left = max(0.0, limit - minutes)
+            left = min(max(0.0, limit - minutes), minutes / epochs * (bar.total - epochs))
             bar.set_postfix_str(f"{minutes:.3g} of {limit:g} min, {left:.2g} left", refresh=False)
 
     def line(self, text: str) -> None:

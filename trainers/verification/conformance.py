@@ -2,8 +2,9 @@
 
 The stock pipeline, with a perturbed adapter in it, is the oracle: every step's model output, every noise-free step and
 the images that come out must be what the policy computes itself; what `save` wrote must give the same images in a
-pipeline that knows nothing of the policy. A scheduler that draws noise in its steps (LCM's) is given zeros for it. Then
-follow the checks of the likelihood (`ddpo verify --policy`).
+pipeline that knows nothing of the policy. A scheduler that draws noise in its steps (LCM's) is given zeros for it, and
+input images are taken at the mean of the VAE's posterior. Then follow the checks of the likelihood (`ddpo verify
+--policy`).
 
 B is the number of prompts.
 """
@@ -20,7 +21,6 @@ import peft
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.schedulers import scheduling_lcm
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from ddpo import LoraConfig, Policy, SamplerConfig, Trajectory, rollout, sample_seeds
@@ -28,7 +28,8 @@ from ddpo.control.checks.base import Check, Measurement
 from ddpo.loading import load_pipeline
 from ddpo.pipeline.decoding import without_overlays
 from ddpo.pipeline.denoiser import DTYPES, Precision
-from ddpo.pipeline.input_images import IMAGE, probe_images
+from ddpo.pipeline.input_images import Inputs, probe_inputs
+from ddpo.pipeline.posterior import posterior_means
 from ddpo.pipeline.probing import recorded_steps
 from ddpo.pipeline.scheduler import default_sampler, training_scheduler
 from ddpo.pipeline.tracing import SECOND, Step, find_network, recording
@@ -139,17 +140,16 @@ class Subject:
     fresh: Callable[[], DiffusionPipeline]
 
     @cached_property
-    def images(self) -> list[Image] | None:
-        """Input images of a pipeline that edits, made here; None for others."""
-        size = self.policy.call.image_size
-        return None if size is None else probe_images(len(PROMPTS), size)
+    def images(self) -> Sequence[Inputs] | None:
+        """Input images of a pipeline that takes some, made here; None for others."""
+        call = self.policy.call
+        return probe_inputs(call.inputs, len(PROMPTS), call.image_size) if call.image_size else None
 
     @cached_property
     def path(self) -> Trajectory:
         """Sampled chains with their KL."""
         seeds = sample_seeds(0, 0, range(len(PROMPTS)))
-        metadata = None if self.images is None else [{IMAGE: image} for image in self.images]
-        return rollout(self.policy, self.policy.encode(PROMPTS, metadata), seeds, with_kl=True)
+        return rollout(self.policy, self.policy.encode(PROMPTS, self.images), seeds, with_kl=True)
 
     @cached_property
     def stock(self) -> StockRun:
@@ -171,7 +171,8 @@ class Subject:
             arguments = policy.call.arguments(PROMPTS[rows], images=own, output_type="pt", generator=generator)
             with (
                 torch.no_grad(), policy.denoiser.autocast(), without_overlays(pipeline),
-                policy.call.guiding(pipeline), _without_noise(), recording(pipeline, network) as steps,
+                policy.call.guiding(pipeline), posterior_means(pipeline), _without_noise(),
+                recording(pipeline, network) as steps,
             ):  # fmt: skip
                 made = pipeline(**arguments, return_dict=False)[0].float()
             loops.append(steps)

@@ -12,9 +12,10 @@ gap is the squared distance of the predicted clean states to that denoiser's, ov
 import io
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -61,6 +62,7 @@ class Recipe:
         learning_rate: Adam's peak step, falling linearly to 0.
         ema_decay: Of the averaged weights, which are exported.
         seed: Of the paths.
+        optimizer: In place of AdamW with that rate; its own keys decide then.
     """
 
     objective: (
@@ -74,6 +76,7 @@ class Recipe:
     learning_rate: float = 0.02
     ema_decay: float = 0.9
     seed: int = 0
+    optimizer: OptimizerConfig | None = None
 
     @property
     def num_paths(self) -> int:
@@ -99,6 +102,16 @@ MIXTURE = Recipe(objective=PPO.objective, epochs=300, learning_rate=0.01, ema_de
 
 def train_quietly(policy: Policy, problem: ToyProblem | MixtureProblem, recipe: Recipe) -> dict[str, Tensor]:
     """Runs `trainers.loop.train` in a temporary folder and returns the weights that it exports, by name."""
+    with quiet_run(policy, problem, recipe) as run:
+        (weights,) = (run / "lora").glob("**/*.safetensors")
+        return load_file(weights)
+
+
+@contextmanager
+def quiet_run(
+    policy: Policy, problem: ToyProblem | MixtureProblem, recipe: Recipe, *, every_epochs: int = 0
+) -> Iterator[Path]:
+    """The run folder of such a run, for the time of a `with` block, with a checkpoint every so many epochs."""
     stochastic, demand = len(policy.schedule.stochastic_steps), recipe.objective.build().demand
     reward = Reward(name="score", function=problem.score, differentiable=True)
     config = Config(
@@ -111,25 +124,29 @@ def train_quietly(policy: Policy, problem: ToyProblem | MixtureProblem, recipe: 
             sample_batch_size=recipe.samples_per_epoch,
             train_batch_size=recipe.samples_per_epoch * max(1, stochastic),
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=recipe.learning_rate,
-            beta2=0.99,
-            weight_decay=0.0,
-            max_grad_norm=1e9,
-            schedule="linear",
-            ema_decay=recipe.ema_decay,
-        ),
+        optimizer=recipe.optimizer or _adamw(recipe),
         evaluation=EvaluationConfig(every_epochs=0, num_prompts=1, images_per_prompt=2, ode=False),
-        checkpoints=CheckpointConfig(every_epochs=0),
+        checkpoints=CheckpointConfig(every_epochs=every_epochs, keep_last=recipe.epochs + 1),
         tracking=TrackingConfig(trackers=(), pictures_every_epochs=0),
         epochs=recipe.epochs,
         seed=recipe.seed,
     )
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        config = replace(config, run=RunConfig(output_dir=folder, name="run"))
-        run = train(policy, reward=reward, prompts=["data"], config=config)
-        (weights,) = (run / "lora").glob("**/*.safetensors")
-        return load_file(weights)
+    with tempfile.TemporaryDirectory() as folder:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            config = replace(config, run=RunConfig(output_dir=folder, name="run"))
+            run = train(policy, reward=reward, prompts=["data"], config=config)
+        yield run
+
+
+def _adamw(recipe: Recipe) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=recipe.learning_rate,
+        beta2=0.99,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+        schedule="linear",
+        ema_decay=recipe.ema_decay,
+    )
 
 
 def affine_gap(problem: ToyProblem, recipe: Recipe) -> float:

@@ -44,6 +44,7 @@ MODULES = (
     "ddpo.control.checks.guidance",
     "trainers.verification.optimum",
     "trainers.verification.critic",
+    "trainers.verification.natural_gradient",
     "trainers.verification.clean_sample",
     "trainers.verification.preference",
     "trainers.verification.reward_gradient",

@@ -93,9 +93,11 @@ def test_wide_pictures_take_wide_images():
 
 
 def test_a_prompt_without_an_image_and_an_image_without_use_are_refused(policy):
-    with pytest.raises(ValueError, match="FluxKontextPipeline edits an input image, but the prompt 'a cat' comes with"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline takes an input image, but the prompt 'a cat' comes with"):
         policy.encode(["a cat"])
-    with pytest.raises(ValueError, match="prompt 'a cat' comes with an input image.*StableDiffusionPipeline takes no"):
+    with pytest.raises(
+        ValueError, match="prompt 'a cat' comes with an input image `image`.*StableDiffusionPipeline takes no"
+    ):
         make_policy().encode(["a cat"], images(1))
 
 

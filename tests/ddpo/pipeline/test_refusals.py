@@ -140,7 +140,10 @@ class SkipsSteps(StableDiffusionPipeline):
 @pytest.mark.parametrize(
     ("pipeline_class", "message"),
     [
-        (StableDiffusionInpaintPipeline, "StableDiffusionInpaintPipeline needs mask_image besides a prompt"),
+        (
+            StableDiffusionInpaintPipeline,
+            "StableDiffusionInpaintPipeline changes the latents between its scheduler's steps",
+        ),
         (StableDiffusionImg2ImgPipeline, "StableDiffusionImg2ImgPipeline starts from an image with noise on it"),
         (WithoutScheduler, "WithoutScheduler has no scheduler"),
         (LateGuidance, "LateGuidance calls its denoiser differently at different steps"),

@@ -1,10 +1,6 @@
 """The front against brute force, on evaluations written for the test, and a sweep of real tiny runs."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from scripts import plot_tradeoff
 from tests.tiny import tiny_stable_diffusion
-from tests.trainers.loop_helpers import ROOT, environment, write_config
-from trainers.analysis import pareto
-from trainers.analysis.pareto import default_measures, non_dominated, read_course, report, sweep
+from tests.trainers.loop_helpers import write_config
+from trainers.analysis.pareto import default_measures, non_dominated, read_course, report
 from trainers.cli import main
-from trainers.config.io import ConfigError, load_config, to_yaml
 from trainers.evaluation.evaluator import Evaluation
-from trainers.run_folder.checkpoint import checkpoint_path
 from trainers.run_folder.folder import RunError, RunFolder, read_metrics
 
 CONFIG = "rewards: [{name: brightness}, {name: 'my.py:redness'}]\n"
@@ -121,100 +114,6 @@ def test_the_command_sweeps_a_weight_and_keeps_finished_runs(tmp_path: Path, cap
     assert "no reward 'redness'" in capsys.readouterr().err
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Stands in for training; what it would have been started with."""
-    made: list[list[str]] = []
-    monkeypatch.setattr(pareto, "_launch", lambda arguments, name: made.append(list(arguments)))
-    return made
-
-
-def begin(config: Path, run: Path, *, weight: int, done: int, ended: bool, changes: tuple[str, ...] = ()) -> None:
-    """A run folder of the sweep as a run of `done` epochs leaves it."""
-    own = ["--run.name", run.name, "--rewards.0.weight", str(weight), *changes]
-    RunFolder.create(run.parent, run.name, to_yaml(load_config(config, own), full=True))
-    if done:
-        checkpoint_path(run, done).mkdir()
-        (checkpoint_path(run, done) / "manifest.json").write_text("{}")
-    if ended:
-        (run / "summary.json").write_text("{}")
-
-
-def test_a_sweep_starts_continues_or_keeps_each_run_by_what_it_has_done(tmp_path: Path, launched: list) -> None:
-    config, runs = write_config(tmp_path, tmp_path), tmp_path / "runs"
-    run = {weight: runs / f"tiny-brightness-{weight}" for weight in (1, 2, 3, 4, 5, 6)}
-    begin(config, run[1], weight=1, done=3, ended=True)
-    begin(config, run[2], weight=2, done=0, ended=False)  # killed before its first checkpoint
-    begin(config, run[3], weight=3, done=2, ended=False)
-    begin(config, run[4], weight=4, done=1, ended=True, changes=("--epochs", "1"))
-    begin(config, run[5], weight=5, done=2, ended=True)  # stopped early by itself
-    found = sweep(str(config), "brightness=1,2,3,4,5,6,6", [])
-    assert [path.name for path in found] == [path.name for path in run.values()]
-    assert launched == [
-        ["--resume", str(run[2])],
-        ["--resume", str(run[3])],
-        ["--resume", str(run[4]), "--epochs=3"],
-        [str(config), "--run.name", run[6].name, "--rewards.0.weight", "6"],
-    ]
-
-
-def test_a_run_resumed_since_its_summary_is_continued(tmp_path: Path, launched: list) -> None:
-    config, run = write_config(tmp_path, tmp_path), tmp_path / "runs" / "tiny-brightness-1"
-    begin(config, run, weight=1, done=2, ended=True)
-    later = (run / "summary.json").stat().st_mtime_ns + 10**9
-    os.utime(run / "config.yaml", ns=(later, later))
-    sweep(str(config), "brightness=1", [])
-    assert launched == [["--resume", str(run)]]
-
-
-@pytest.mark.parametrize(
-    ("done", "changes", "error", "message"),
-    [
-        (3, ("--sampler.num_steps", "2"), ConfigError, r"sampler.num_steps \(saved 2, now 3\)"),
-        (9, ("--epochs", "9"), ValueError, "has trained for 9 epochs, not 3"),
-    ],
-)
-def test_a_run_that_is_another_one_is_refused_before_any_training(
-    tmp_path: Path, launched: list, done: int, changes: tuple[str, ...], error: type, message: str
-) -> None:
-    config = write_config(tmp_path, tmp_path)
-    begin(config, tmp_path / "runs" / "tiny-brightness-2", weight=2, done=done, ended=True, changes=changes)
-    with pytest.raises(error, match=message):
-        sweep(str(config), "brightness=1,2", [])
-    assert launched == []
-
-
-def test_ctrl_c_waits_for_the_run_to_save_itself(tmp_path: Path) -> None:
-    """The terminal interrupts the whole process group; the run takes longer than subprocess.run would give it."""
-    run = tmp_path / "run"
-    run.write_text(f"""#!{sys.executable}
-import signal, time
-from pathlib import Path
-def stop(number, frame):
-    time.sleep(1.5)
-    Path({str(tmp_path / "saved")!r}).touch()
-    raise SystemExit(75)
-signal.signal(signal.SIGINT, stop)
-print("started", flush=True)
-time.sleep(120)
-""")
-    run.chmod(0o755)
-    code = (
-        "import signal, sys; from trainers.analysis.pareto import _launch; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where tests run in the background
-        f"sys.executable = {str(run)!r}; _launch([], 'run')"
-    )
-    sweeping = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    assert sweeping.stdout is not None and sweeping.stdout.readline() == "started\n"
-    os.killpg(sweeping.pid, signal.SIGINT)
-    _, errors = sweeping.communicate(timeout=60)
-    assert (tmp_path / "saved").is_file()
-    assert errors.splitlines()[-1] == "KeyboardInterrupt"
-
-
 @pytest.mark.parametrize(
     ("out", "message"),
     [
@@ -226,7 +125,6 @@ time.sleep(120)
 )
 def test_a_picture_that_cannot_be_written_is_refused_before_the_sweep(
     tmp_path: Path,
-    launched: list,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     out: str,
@@ -239,7 +137,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_sweep(
     assert main(["pareto", "--sweep", str(config), "--weights", "brightness=1", "--out", out]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and line.endswith(message)
-    assert launched == []
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_trade_off_has_a_colour_and_a_label_for_each_weight_of_the_kl(tmp_path: Path) -> None:

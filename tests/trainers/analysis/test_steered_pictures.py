@@ -167,3 +167,21 @@ def test_best_of_n_needs_no_noise(model, capsys):
     given = ["--steer", "best_of_n", "--reward", "redness", *SMALL, "--sampler.kind", "ode"]
     _, record = sampled(capsys, model, "--prompt", "a cat", *given)
     assert all(entry["steered"]["reward"] >= entry["unsteered"]["reward"] - 1e-6 for entry in record["images"])
+
+
+def test_a_constraint_moves_the_weights_and_is_recorded(model, capsys):
+    keys = ["--steer.alpha", "0.001", "--steer.every", "1", "--num-images", "2", "--steer.particles", "8"]
+    keys += ["--constraints.0.reward", "brightness", "--constraints.0.at_most"]
+    given = ["--prompt", "a cat", "--steer", "feynman_kac", "--reward", "redness", *SMALL, *keys]
+    _, free = sampled(capsys, model, *given, "1")
+    assert free["multipliers"] == {"brightness": 0.0}
+    assert free["constraints"] == [{"reward": "brightness", "at_most": 1.0}]
+    assert free["cost"]["steered"]["images_scored"] > free["cost"]["unsteered"]["images_scored"]
+    assert main(["sample", str(model), *map(str, given), "-1"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "brightness cannot be at most -1 in the mean: the best of every sample's particles have 0." in message
+    rest = ["--prompt", "a cat", "--reward", "redness", *SMALL, "--constraints.0.reward", "brightness"]
+    message = refused(capsys, model, "--steer", "svdd", *rest, "--constraints.0.at_most", "1")
+    assert "kept by the weights of particles" in message
+    message = refused(capsys, model, *given, "1", "--constraints.0.reward", "kl")
+    assert "without a constraint on kl" in message

@@ -455,6 +455,8 @@ def test_a_whole_group_and_a_key_in_it_do_not_depend_on_their_order(tmp_path):
         ),
         ("--learning_rate 1", "command line: learning_rate: unknown key (did you mean 'optimizer.learning_rate'?)"),
         ("--lerning_rate 1", "command line: lerning_rate: unknown key (did you mean 'optimizer.learning_rate'?)"),
+        ("--batchsize 1", "command line: batchsize: unknown key (did you mean 'batch.train_batch_size'?)"),
+        ("--LoraRank 1", "command line: LoraRank: unknown key (did you mean 'adapter.rank'?)"),
         ("--optimizer.lr 1", "command line: optimizer.lr: unknown key (did you mean 'learning_rate'?)"),
         ("--kl.beta 1", "command line: kl.beta: unknown key (did you mean 'kl.alpha'?)"),
         ("--sampler.steps 1", "command line: sampler.steps: unknown key (did you mean 'num_steps'?)"),

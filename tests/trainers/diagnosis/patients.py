@@ -1,10 +1,14 @@
 """Tiny runs of the real trainer, healthy or sick in one way, on Gaussian data whose denoiser is exact.
 
+Those with guidance, which Gaussian data do not have, are of a tiny random Stable Diffusion.
+
 `python -m tests.trainers.diagnosis.patients` prints what the doctor finds in each.
 """
 
 import io
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -19,6 +23,8 @@ from ddpo.credit.kl import FixedKL
 from ddpo.objectives import PolicyGradientConfig
 from rewards import WeightedSum
 from rewards.reward import Reward
+from tests.tiny import tiny_stable_diffusion
+from tests.trainers.loop_helpers import start, write_config
 from trainers.config import Config
 from trainers.config.groups import BatchConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrackingConfig
 from trainers.diagnosis.doctor import examine
@@ -29,7 +35,7 @@ EPOCHS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """What a run is told, and what is wrong with it."""
+    """What a run is told, and what is wrong with it; `guided` is `train_guidance` at guidance 3, None without."""
 
     expect: str | None = None
     rate: float = 0.02
@@ -43,6 +49,8 @@ class Patient:
     baseline: str = "group"
     score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = field(default=lambda score, images: score)
     noise: float = 0.0
+    overflow_every: int = 0
+    guided: str | None = None
     heldout: bool = False
     epochs: int = EPOCHS
     seed: int = 0
@@ -57,6 +65,11 @@ def _nearly_always(score, images):
     return 1.0 - (torch.rand(len(score)) < 0.02).float()
 
 
+def _slow(score, images):
+    time.sleep(1.5)
+    return score
+
+
 HEALTHY = {
     "seed 0": Patient(),
     "seed 1": Patient(seed=1),
@@ -68,6 +81,7 @@ HEALTHY = {
     "one update": Patient(updates=1, seed=7),
     "ten steps": Patient(steps=10, seed=8),
     "three updates": Patient(updates=3, seed=9),
+    "guided": Patient(guided="same", rate=1e-4, epochs=6),
 }
 SICK = {
     "rate x 50": Patient(rate=1.0, expect="rate too large|collapse|divergence"),
@@ -79,6 +93,9 @@ SICK = {
     "clip 1e-9": Patient(clip=1e-9, expect="clip eats all"),
     "groups of 2": Patient(group=2, expect="tiny groups"),
     "KL weight x 1000": Patient(alpha=100.0, expect="KL weight too heavy"),
+    "gradients overflow": Patient(overflow_every=8, expect="divergence"),
+    "guidance in sampling only": Patient(guided="none", rate=1e-4, epochs=6, expect="guidance differs"),
+    "slow reward": Patient(score=_slow, epochs=6, expect="reward bound"),
     "reward hacking": Patient(heldout=True, alpha=0.0, rate=0.05, expect="over-optimisation"),
 }
 
@@ -88,9 +105,35 @@ PROMPTS = [f"prompt {i}" for i in range(16)]
 
 def run(patient: Patient, folder: Path, *, printed: io.StringIO | None = None) -> Path:
     """Trains; returns the run folder. What it prints on stderr goes to `printed`."""
+    if patient.guided is not None:
+        return _guided(patient, folder)
     policy, reward, heldout, config = made(patient, folder)
     with redirect_stdout(io.StringIO()), redirect_stderr(printed or io.StringIO()):
         return train(policy, reward=reward, heldout=heldout, prompts=PROMPTS, config=config)
+
+
+def _guided(patient: Patient, folder: Path) -> Path:
+    tiny_stable_diffusion().save_pretrained(folder / "model", safe_serialization=True)
+    config = write_config(folder, folder / "model", guidance=3.0)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return start(
+            config, f"--epochs={patient.epochs}", f"--objective.train_guidance={patient.guided}", "--run.name=run",
+            "--batch.samples_per_epoch=16", "--batch.group_size=8", "--evaluation.ode=false",
+            f"--optimizer.learning_rate={patient.rate}",
+        )  # fmt: skip
+
+
+class _Overflow:
+    """A forward hook that makes the gradient of every n-th pass infinite."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.passes = every, 0
+
+    def __call__(self, module, inputs, output):
+        if output[0].requires_grad:
+            self.passes += 1
+            if self.passes % self.every == 0:
+                output[0].register_hook(lambda gradient: gradient * float("inf"))
 
 
 def made(patient: Patient, folder: Path) -> tuple[Policy, WeightedSum, WeightedSum | None, Config]:
@@ -102,6 +145,8 @@ def made(patient: Patient, folder: Path) -> tuple[Policy, WeightedSum, WeightedS
         policy.denoiser.network.module.register_forward_hook(
             lambda module, inputs, output: (torch.nn.functional.dropout(output[0], patient.noise), *output[1:])
         )
+    if patient.overflow_every:
+        policy.denoiser.network.module.register_forward_hook(_Overflow(patient.overflow_every))
     reward = Reward(name="score", function=lambda x, p, m: patient.score(problem.score(x, p, m), x))
     far = Reward(name="near", function=lambda x, p, m: -(x - 0.5).abs().flatten(1).mean(1))
     config = Config(
@@ -137,13 +182,15 @@ def diagnose(patient: Patient) -> dict[str, str]:
     return {finding.name: finding.evidence for finding in found if finding.verdict != "fine"}
 
 
-def table() -> None:
-    """Prints the findings of every patient, a row each of the table in docs/diagnosis.md."""
+def table(names: list[str]) -> None:
+    """Prints the findings of patients (default: of all), a row each of the table in docs/diagnosis.md."""
     for name, patient in (HEALTHY | SICK).items():
+        if names and name not in names:
+            continue
         found = ", ".join(diagnose(patient)) or "nothing"
         expected = (patient.expect or "nothing").replace("|", " or ")
         print(f"| {name} | {expected} | {found} |", flush=True)
 
 
 if __name__ == "__main__":
-    table()
+    table(sys.argv[1:])

@@ -12,7 +12,8 @@ from trainers.diagnosis.finding import sparkline
 from trainers.diagnosis.watch import Watch
 from trainers.run_folder.folder import RunFolder, read_metrics
 
-QUICK = ("rate / 100", "constant reward", "saturated groups", "clip 1e-9", "groups of 2", "KL weight x 1000")
+QUICK = ("rate / 100", "constant reward", "saturated groups", "clip 1e-9", "groups of 2", "KL weight x 1000",
+         "gradients overflow", "guidance in sampling only", "slow reward")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -20,7 +21,7 @@ def test_a_sick_run_is_recognised(name):
     assert set(SICK[name].expect.split("|")) & set(diagnose(SICK[name]))
 
 
-@pytest.mark.parametrize("name", ["seed 0", "free KL"])
+@pytest.mark.parametrize("name", ["seed 0", "free KL", "guided"])
 def test_a_healthy_run_raises_no_alarm(name):
     assert diagnose(HEALTHY[name]) == {}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpo import LoraConfig, Policy, SamplerConfig, StepSelection, full_noise_kl, path_kl
 from ddpo.credit.kl import AdaptiveKL, FixedKL
 from ddpo.credit.kl_course import KLCourse
+from ddpo.credit.lagrangian import Constraint
 from ddpo.objectives import Demand, Experience, Loss, Models
 from ddpo.path_kl import visit_kl
 from ddpo.trajectory import Keep, Samples
@@ -319,6 +320,27 @@ def test_an_epoch_with_a_window_knows_what_its_kl_would_be_with_full_noise(alpha
     assert kl.mean == pytest.approx(float(exact), rel=1e-4)
     assert kl.full_noise == pytest.approx(float(exact + of_step[0] + of_step[3]), rel=1e-4)
     assert kl.held == kl.full_noise > kl.mean > 0
+
+
+@pytest.mark.parametrize(
+    "followed",
+    [{"kl": AdaptiveKL(target=1.0)}, {"constraints": (Constraint(reward="kl", at_most=1.0),)}],
+    ids=["adaptive", "constraint"],
+)
+def test_a_full_noise_kl_that_something_follows_is_measured_at_every_step(followed) -> None:
+    sampler = SamplerConfig(num_steps=4, guidance_scale=1.0, stochastic_steps=WINDOW)
+    policy = Policy(tiny_stable_diffusion(), sampler=sampler, adapter=LoraConfig(rank=2))
+    perturb(policy, 0.2)
+    batch = BatchConfig(samples_per_epoch=16, group_size=2, sample_batch_size=8, train_batch_size=16)
+    config = small(sampler=sampler, batch=batch, **followed)
+    plan = make_plan(config, num_processes=1, num_stochastic=2, branches=1)
+    found, _ = collected(config, policy, brightness())
+    exact = full_noise_kl(policy, found.samples.trajectory).sum(1).double().mean()
+    assert found.kl.full_noise == pytest.approx(float(exact), rel=1e-4)
+    window = 2 * 16 * 2  # each of its two steps, in sampling and in training
+    assert (
+        plan.reference_rows == window + 2 * 16 * 2
+    )  # two rows, the policy's and the pretrained, at each of the others
 
 
 def test_full_noise_is_reported_evaluated_and_followed_where_a_window_hides_steps(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def test_a_plan_counts_the_chains(ends_clean, tmp_path):
 
     ignored = ("--objective.noise_free_steps", "ignored")
     noisy_end = ("--sampler.stochastic_steps.high_noise_fraction", "0.75")
-    assert rows(*noisy_end, *ignored) == (3, 4 * 3, True)
+    assert rows(*noisy_end, *ignored) == (3, 4 * 3, False), "flat groups take fewer"
+    assert rows(*noisy_end, *ignored, "--kl.alpha", "0.1") == (3, 4 * 3, True)
     assert rows(*noisy_end) == (4, 4 * (3 + 1), False), "three steps and a chain of one"
     window = ("--sampler.stochastic_steps.kind", "window", "--sampler.stochastic_steps.size", "2")
     assert rows(*window) == (3, 4 * (2 + 4), False), "a window that moves leaves the first step to the chain"

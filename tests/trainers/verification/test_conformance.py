@@ -58,7 +58,7 @@ def test_a_pipeline_that_cannot_be_trained_exits_with_the_reason(tmp_path, capsy
     parts = dict(tiny_stable_diffusion().components)
     StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
     assert main(["check", str(tmp_path), *ARGUMENTS]) == 2
-    assert "error: StableDiffusionInpaintPipeline needs mask_image" in capsys.readouterr().err
+    assert "error: StableDiffusionInpaintPipeline changes the latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

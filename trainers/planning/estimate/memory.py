@@ -21,14 +21,16 @@ from ddpo.pipeline.quantization import Quantization
 from ddpo.weights import adapter as lora
 from ddpo.weights.adapter import FullConfig
 from trainers.config import Config
+from trainers.config.optimizer import OptimizerConfig
 from trainers.parallel.sharding import blocks
 from trainers.planning.estimate.accounting import Cost, CudaKernels, account
 from trainers.planning.estimate.blueprint import Blueprint, Inputs, Latents
 from trainers.planning.estimate.critic import CriticCost, critic_cost
-from trainers.planning.plan import BatchPlan
+from trainers.planning.plan import BatchPlan, steps_outside_windows
 
 FLOAT32 = 4
 NOTHING = Cost(peak=0, flops=0)
+CG_VECTORS = 8  # gradient, iterate, residual, direction, image, weights before, metric and a temporary
 SMALLEST_8BIT = 4096  # bitsandbytes keeps smaller tensors in 32 bits
 BYTES_PER_WEIGHT: Mapping[Quantization, float] = {  # with the scales: of 64 weights, or of an output
     "bnb_4bit": 0.5 + FLOAT32 / 64, "bnb_8bit": 1.0, "torchao_int8": 1.0, "torchao_float8": 1.0,
@@ -43,7 +45,7 @@ class Parts:
         denoiser: Pretrained weights; with full fine-tuning the trained ones and their frozen copy, both in float32.
         adapter: LoRA weights in float32; 0 with full fine-tuning.
         gradients: Of the trained weights, float32.
-        optimizer: AdamW's averages.
+        optimizer: AdamW's averages, or the diagonal that a trust region keeps.
         averaged: Copies of the trained weights: moving averages, the start, its Fisher information.
         text_encoders: Of all text encoders.
         vae: The VAE.
@@ -192,7 +194,7 @@ class _Simulation:
         )
         states = samples * _kept_states(config, plan) * self._latents.numel * FLOAT32
         states += samples * plan.num_steps * critic.features * FLOAT32
-        moments = sum(_optimizer_bytes(numel, eight_bit=config.optimizer.eight_bit) for numel in trained)
+        moments = sum(_optimizer_bytes(numel, config.optimizer) for numel in trained)
         shares = plan.num_processes if config.distributed.strategy != "ddp" else 1
         return Parts(
             denoiser=(2 * weights if full else self._pretrained) // shares,
@@ -337,6 +339,9 @@ def _assemble(
         "training": resident + idle + kept + parts.gradients + plan.train_batch_size * per_sample["training"],
         "optimizer": resident + idle + kept + 2 * parts.gradients,
     }
+    if plan.curvature_rows:  # dual numbers are twice the activations; CG_VECTORS directions wait beside the products
+        activations = 2 * plan.train_batch_size * per_sample["training"]
+        phases["Fisher products"] = resident + idle + kept + CG_VECTORS * parts.gradients + activations
     if plan.critic_states:
         together = min(config.critic.batch_size, plan.samples_per_process)
         phases["critic"] = resident + idle + kept + together * critic.fit.peak
@@ -405,7 +410,8 @@ def _kept_states(config: Config, plan: BatchPlan) -> int:
     prepare = config.demand.prepare
     made = 0 if prepare is None else prepare.kept_states(plan.num_stochastic)
     means = plan.num_stochastic * (config.demand.means + plan.keeps_reference)
-    return states + means + made + _contests(config, plan)
+    visits = 2 * steps_outside_windows(config, plan.num_stochastic) if config.follows_kl else 0
+    return states + means + made + visits + _contests(config, plan)
 
 
 def _decodes(config: Config) -> bool:
@@ -450,7 +456,9 @@ def _weight_bytes(denoiser: nn.Module, quantization: Quantization | None) -> int
     return total - saved + max(weight.nbytes for weight in linear)  # and one layer's, expanded
 
 
-def _optimizer_bytes(numel: int, *, eight_bit: bool) -> int:
-    if eight_bit and numel >= SMALLEST_8BIT:
+def _optimizer_bytes(numel: int, options: OptimizerConfig) -> int:
+    if options.is_trust_region:  # the running diagonal
+        return FLOAT32 * numel * (options.preconditioner == "diagonal")
+    if options.eight_bit and numel >= SMALLEST_8BIT:
         return 2 * (numel + FLOAT32 * -(-numel // 256) + FLOAT32 * 256)
     return 2 * FLOAT32 * numel
