@@ -23,6 +23,7 @@ from trainers.config.locations import absolute
 from trainers.epoch.binding import Collected, Source, critic_of, online, updater
 from trainers.epoch.critic import FitReport, ValueLearner
 from trainers.epoch.offline import offline
+from trainers.epoch.regularization import make_regularizer
 from trainers.epoch.report import epoch_line, epoch_row, scalars, shown_inputs
 from trainers.epoch.update import UpdateReport
 from trainers.evaluating import due, evaluate, evaluate_start, is_overoptimised, lacks_evaluation
@@ -289,7 +290,8 @@ def _epochs(session: Session, threads: ThreadPoolExecutor) -> bool:
     state, config, processes = session.state, session.state.config, session.processes
     values, seconds = critic_of(state, session.plan, processes=processes), CLOCKS[config.clock]
     source = _source(session, threads, values)
-    update = updater(state, session.plan, processes=processes, progress=session.progress)
+    regularizer = make_regularizer(state, session.run.path, processes=processes, progress=session.progress)
+    update = updater(state, session.plan, processes=processes, progress=session.progress, regularizer=regularizer)
     out_of_time = _is_out_of_time(session)
     evaluate_start(session)
     if lacks_evaluation(session, last=out_of_time or state.epoch >= config.epochs):

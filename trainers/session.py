@@ -16,6 +16,7 @@ from trainers.diagnosis.watch import Watch
 from trainers.epoch.learning_rate import schedule_notice
 from trainers.epoch.state import TrainState
 from trainers.evaluation.evaluator import Evaluator, evaluation_prompts
+from trainers.evaluation.spread import spread_of
 from trainers.offline.read import images_of, load_judged
 from trainers.parallel.agreement import check_same_weights, on_main
 from trainers.parallel.processes import Processes
@@ -204,6 +205,7 @@ def make_session(
         batch_size=config.batch.sample_batch_size,
         processes=processes,
         progress=progress,
+        spread=spread_of(config.evaluation.spread, policy.device),
     )
     is_fresh = source is None or checkpoint_epoch(source) == 0  # no epoch depends on what was recorded
     accept = (*accept, "model", "prompts") if is_fresh else accept

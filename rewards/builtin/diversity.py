@@ -70,7 +70,7 @@ class Diversity:
 
     def __init__(self, *, device: torch.device, embedding: str = "colour") -> None:
         self._distances = euclidean if embedding == "colour" else cosine
-        self._embed = _embedding(embedding, device)
+        self._embed = make_embedding(embedding, device)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> dict[str, Tensor]:
         """Scores `(G,)` of one group, with the group's diversity and each image's contribution to it."""
@@ -102,7 +102,8 @@ def cosine(features: Tensor) -> Tensor:
     return apart * (1 - torch.eye(len(features), device=features.device))
 
 
-def _embedding(name: str, device: torch.device) -> Embedding:
+def make_embedding(name: str, device: torch.device) -> Embedding:
+    """Features (B, F) of images (B, 3, H, W) in [0, 1], by the name of an embedding; errors as of `Diversity`."""
     if name == "colour":
         return colours
     if name == "imagenet":

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 # From the lowest to the highest; a room is a package or a single module.
 FLOORS = {
     "ddpo": "validation file_modes seeds placement ragged sampling trajectory credit pipeline weights loading model"
-    " policy curvature path_kl displacement steering rollout steered contenders objectives control",
+    " policy curvature path_kl displacement steering rollout steered contenders objectives regularization control",
     "ddpo.control": "problems diffusion solvers checks figures",
-    "rewards": "base frames nearest clusters source process_state optional downloads card results reward description"
-    " loading construct registry requirements docstrings identity images models builtin combine preferences"
+    "rewards": "base frames nearest clusters spread source process_state optional downloads card results reward"
+    " description loading construct registry requirements docstrings identity images models builtin combine preferences"
     " serving tools",
     "trainers": "shipped_configs metadata prompt_files prompts offline config parallel tracking run_folder scoring"
     " evaluation planning pretraining epoch analysis diagnosis report sweep session evaluating exports loop"

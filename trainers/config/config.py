@@ -21,6 +21,7 @@ from ddpo.objectives.clean_sample import CleanSampleConfig
 from ddpo.objectives.policy_gradient import PolicyGradientConfig
 from ddpo.objectives.preference import PreferenceConfig
 from ddpo.objectives.reward_gradient import RewardGradientConfig
+from ddpo.regularization import RegularizationConfig
 from ddpo.sampling.samplers import FLOW_ONLY, VP_ONLY, SamplerConfig
 from ddpo.steering.kinds import BestOfN, FeynmanKacKind, LangevinKind, RewardGradientKind, SvddKind
 from ddpo.trajectory import Keep
@@ -73,6 +74,7 @@ class Config:
         distributed: How several processes share the network.
         optimizer: How gradients become steps.
         critic: A learnt value function, the baseline of each step.
+        regularization: Holds the weights to what they could do at the start, beside or in place of the KL.
         rewards: What is maximised: the weighted sum of these.
         constraints: Bounds on the means of rewards or on the path KL, kept by multipliers.
         heldout_rewards: Measured in evaluations, never optimised.
@@ -119,6 +121,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     rewards: tuple[RewardTerm, ...] = ()
     constraints: tuple[Constraint, ...] = ()
     heldout_rewards: tuple[RewardTerm, ...] = ()
@@ -172,6 +175,7 @@ class Config:
         self._check_evaluation()
         self._check_units()
         self._check_network()
+        self._check_regularization()
         self._check_trust_region()
 
     def _check_network(self) -> None:
@@ -196,6 +200,17 @@ class Config:
             )
             cure = f"ddp with the objective {self.demand.name} (how often it calls the network is drawn)"
             check(not self.demand.varies, "distributed.strategy", self.distributed.strategy, cure)
+
+    def _check_regularization(self) -> None:
+        """Terms that need passes of their own, or whole weights."""
+        options, strategy = self.regularization, self.distributed.strategy
+        cure = "ddp with regularization (a split network is not held to its start)"
+        check(strategy == "ddp" or not options.is_on, "distributed.strategy", strategy, cure)
+        cure = "adamw with regularization (a trust region's search does not see its terms)"
+        check(not (options.is_on and self.optimizer.is_trust_region), "optimizer.kind", self.optimizer.kind, cure)
+        passes = options.ewc.strength > 0 or options.denoising.strength > 0
+        cure = "false with regularization.ewc or regularization.denoising (their passes have batches of their own)"
+        check(not (passes and self.model.compile), "model.compile", True, cure)
 
     def _check_trust_region(self) -> None:
         """Steps in nats need steps that have them, and a network that can be differentiated twice."""

@@ -164,6 +164,10 @@ class EvaluationConfig:
         stop_on_overoptimisation: Stop after `overoptimisation_patience` such evaluations in a row and export the
             weights of the best evaluation instead of the last; needs held-out rewards.
         overoptimisation_patience: Evaluations in a row before stopping.
+        spread: Also measure how different the pictures are, within a prompt and across prompts, by the features of
+            `colour`, `imagenet` or your own `file.py:name`: Vendi scores, mean and nearest distances; null for not.
+        forgetting: Noised states of each image for the denoising loss, under the weights that are evaluated, of what
+            the pretrained model makes of the same prompts; 0 for not.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -179,6 +183,8 @@ class EvaluationConfig:
     overoptimisation_threshold: float | None = None
     stop_on_overoptimisation: bool = False
     overoptimisation_patience: int = 2
+    spread: str | None = None
+    forgetting: int = 0
 
     def __post_init__(self) -> None:
         check(self.every_epochs >= 0, "every_epochs", self.every_epochs, "at least 0")
@@ -188,6 +194,9 @@ class EvaluationConfig:
         check(threshold is None or threshold >= 0, "overoptimisation_threshold", threshold, "at least 0, or null")
         for name in ("num_prompts", "images_per_prompt", "overoptimisation_patience"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.forgetting >= 0, "forgetting", self.forgetting, "at least 0")
+        known = self.spread is None or self.spread in ("colour", "imagenet") or ":" in self.spread
+        check(known, "spread", self.spread, "colour, imagenet, your own as file.py:name, or null")
         never = self.stop_on_overoptimisation and self.every_epochs == 0
         cure = "at least 1 with stop_on_overoptimisation (it compares the evaluations of a run)"
         check(not never, "every_epochs", self.every_epochs, cure)

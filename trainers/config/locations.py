@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ddpo.regularization import RegularizationConfig
 from ddpo.weights.adapter import AdapterConfig, LoraConfig
 from rewards.combine.weighted_sum import RewardTerm
 from trainers.config.config import Config
@@ -27,6 +28,7 @@ def absolute(config: Config) -> Config:
         constraints=tuple(replace(bound, reward=_absolute_spec(bound.reward)) for bound in config.constraints),
         prompts=_absolute_prompts(config.prompts),
         offline=None if config.offline is None else replace(config.offline, source=_absolute(config.offline.source)),
+        regularization=_with_images(config.regularization, _absolute_folder(config.regularization.denoising.images)),
         evaluation=replace(
             config.evaluation,
             prompts=None if config.evaluation.prompts is None else _absolute_prompts(config.evaluation.prompts),
@@ -39,6 +41,10 @@ def _begun_at(adapter: AdapterConfig, place: str | None) -> AdapterConfig:
     if not isinstance(adapter, LoraConfig) or adapter.init is None or place is None:
         return adapter
     return replace(adapter, init=place)
+
+
+def _with_images(options: RegularizationConfig, place: str | None) -> RegularizationConfig:
+    return replace(options, denoising=replace(options.denoising, images=place))
 
 
 def _absolute(place: str) -> str:
@@ -83,6 +89,9 @@ def moved(saved: Config, wanted: Config) -> Config:
         offline=judged
         if judged is None or others is None
         else replace(judged, source=others.source, cache=others.cache),
+        regularization=_with_images(saved.regularization, wanted.regularization.denoising.images)
+        if saved.regularization.denoising.images is not None and wanted.regularization.denoising.images is not None
+        else saved.regularization,
         model=replace(saved.model, path=wanted.model.path, revision=wanted.model.revision, config=wanted.model.config),
         adapter=_begun_at(saved.adapter, wanted.init),
         rewards=_moved_terms(saved.rewards, wanted.rewards),

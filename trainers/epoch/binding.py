@@ -17,6 +17,7 @@ from trainers.epoch.credit import Credit, CreditRules, credit
 from trainers.epoch.critic import ValueLearner, value_learner
 from trainers.epoch.learning_rate import schedule_updates
 from trainers.epoch.path_kl import EpochKL
+from trainers.epoch.regularization import Regularizer
 from trainers.epoch.sample import Sampler
 from trainers.epoch.score import score
 from trainers.epoch.score_gradient import ScoreGradient
@@ -160,8 +161,15 @@ def _steering(state: TrainState, threads: ThreadPoolExecutor) -> Steering | None
     return Steering(kind=config.steer, reward=score, batch_size=config.batch.sample_batch_size)
 
 
-def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progress: Progress) -> Updater:
-    """What takes a run's optimizer steps; arguments as for `online`."""
+def updater(
+    state: TrainState,
+    plan: BatchPlan,
+    *,
+    processes: Processes,
+    progress: Progress,
+    regularizer: Regularizer | None = None,
+) -> Updater:
+    """What takes a run's optimizer steps; arguments as for `online`, and what holds the weights to the start."""
     config = state.config
 
     score = ScoreGradient(state.reward, epoch=lambda: state.epoch, processes=processes, progress=progress)
@@ -192,6 +200,7 @@ def updater(state: TrainState, plan: BatchPlan, *, processes: Processes, progres
         seed=config.seed,
         processes=processes,
         progress=progress,
+        regularizer=regularizer,
     )
 
 

@@ -64,7 +64,7 @@ def epoch_row(
         **({} if kl is None else _kl(kl, guided=is_sampling_policy(state))),
         **({} if collected.credit is None else _credit(collected.credit, shaped=bool(state.config.shaping.steps))),
         **({} if fitted is None else {"critic/loss": fitted.loss, "critic/grad_norm": fitted.grad_norm}),
-        **{f"policy/{name}": mean for name, mean in report.overall.items()},
+        **{name if "/" in name else f"policy/{name}": mean for name, mean in report.overall.items()},
         **({} if report.drift is None else {"policy/gate_nats": float(report.drift.nan_to_num(0.0).max())}),
         "optimizer/grad_norm": report.grad_norm,
         "optimizer/learning_rate": report.learning_rate,

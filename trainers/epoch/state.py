@@ -80,6 +80,8 @@ class TrainState:
         multipliers: Of the constraints.
         prompts: Position in the prompt source.
         critic: Expects what states are worth; None for no critic.
+        start_weights: A copy of the trained weights before the first update, where something holds them there; made
+            again with the policy, and not saved.
         alpha: Present KL weight, reward units per nat; None before the first epoch's scores where they set it.
         course: What an adaptive weight knows of the KL; begun anew where a checkpoint has none.
         preparation: What the objective makes of an epoch before its updates, and remembers; None for nothing.
@@ -97,6 +99,7 @@ class TrainState:
     prompts: PromptStream
     alpha: float | None
     critic: Critic | None = None
+    start_weights: Mapping[str, Tensor] | None = None
     course: KLCourse = field(default_factory=KLCourse)
     preparation: Preparation | None = None
     counts: Counts = field(default_factory=Counts)
@@ -121,6 +124,7 @@ class TrainState:
             prompts=prompts,
             alpha=config.kl.alpha,
             critic=critic,
+            start_weights=_copy_of(policy.trainable()) if config.regularization.is_on else None,
             preparation=None if config.demand.prepare is None else config.demand.prepare.make(),
         )
 
@@ -304,6 +308,10 @@ class TrainState:
             "prompts": self.prompts.position,
             "noise": NOISE,
         }
+
+
+def _copy_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.items()}
 
 
 def policy_learner(config: Config, policy: Policy) -> Learner:

@@ -23,6 +23,7 @@ from trainers.epoch.curvature import Geometry, thinned
 from trainers.epoch.drift import Gate
 from trainers.epoch.learner import Learner
 from trainers.epoch.prepare import prepared
+from trainers.epoch.regularization import Regularizer, add_measured
 from trainers.epoch.score_gradient import ScoreGradient
 from trainers.epoch.step_rules import StepReport, StepRule
 from trainers.parallel.gradients import sum_gradients
@@ -75,6 +76,7 @@ class Updater:
         seed: Of the run.
         processes: Whose gradients are added up.
         progress: Shows the micro-batches.
+        regularizer: Adds terms that hold the weights to those of the start; None for none.
         products: Of the Fisher matrix, for step rules that ask for them.
     """
 
@@ -91,6 +93,7 @@ class Updater:
     seed: int
     processes: Processes
     progress: Progress
+    regularizer: Regularizer | None = None
     products: FisherProducts | None = None
 
     def __call__(self, experience: Experience, *, epoch: int) -> UpdateReport:
@@ -234,9 +237,21 @@ class MicroBatches:
         if by.score is not None:
             by.score.tell()
         self.gate.check(drift, by.processes)
+        held = self._denoised()
         for learner in by.learners:
             sum_gradients(learner.parameters.values(), by.processes)
+        if by.regularizer is not None:
+            held |= by.regularizer.pull(by.scaler)
+        for means in (measured, self.totals):
+            add_measured(means, held)
         return measured
+
+    def _denoised(self) -> dict[str, Tensor]:
+        """Adds what the regularizer's own batch has for the gradient; its losses by name."""
+        by = self.updater
+        if by.regularizer is None:
+            return {}
+        return by.regularizer.denoise(self.models.policy, by.scaler, update=by.learners[0].counts.updates)
 
     @torch.no_grad()
     def _survey(self) -> Tensor:

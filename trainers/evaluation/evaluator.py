@@ -24,6 +24,9 @@ from rewards.base import check_components
 from rewards.frames import middle_frame
 from trainers.config import Config
 from trainers.config.groups import EvaluationConfig
+from trainers.evaluation.forgetting import NAME as FORGETTING
+from trainers.evaluation.forgetting import Forgetting
+from trainers.evaluation.spread import Spread
 from trainers.evaluation.statistics import Measure, numbered
 from trainers.parallel.processes import Processes
 from trainers.parallel.shares import share
@@ -116,7 +119,7 @@ class Evaluation:
 
 def _reading_order(name: str) -> tuple[int, str]:
     """The optimised reward first, then its parts, what was held out, KL, diversity, and noise-free sampling."""
-    order = ("reward", "heldout/", KL, FULL_NOISE_KL, DISPLACEMENT, "diversity", "ode/")
+    order = ("reward", "heldout/", KL, FULL_NOISE_KL, DISPLACEMENT, FORGETTING, "diversity", "spread/", "ode/")
     rank = next((place for place, prefix in enumerate(order) if name.startswith(prefix)), 0)
     return (rank, "" if name == "reward" else name)
 
@@ -160,6 +163,7 @@ class Evaluator:
         batch_size: int,
         processes: Processes,
         progress: Progress,
+        spread: Spread | None = None,
     ) -> None:
         """Chooses the prompts.
 
@@ -169,6 +173,7 @@ class Evaluator:
             batch_size: Images per denoiser call.
             processes: Who shares the work.
             progress: Shows the batches.
+            spread: Measures how different the images are; None for not.
         """
         self.sources = chosen_prompts(config, prompts)
         self.prompts = [prompt for prompt in self.sources for _ in range(config.images_per_prompt)]
@@ -176,6 +181,8 @@ class Evaluator:
         self.batch_size = batch_size
         self._processes = processes
         self._progress = progress
+        self._spread = spread
+        self._forgetting = Forgetting(config.forgetting) if config.forgetting else None
 
     def batches(self, rank: int, count: int) -> list[range]:
         """The images of each denoiser batch of one of `count` processes, which shares whole prompts with the others."""
@@ -225,6 +232,10 @@ class Evaluator:
             RewardError: A reward failed on some process, or reports other components there; raised on all.
         """
         values, images = self._measure(policy, reward, heldout, epoch=epoch, label="evaluating")
+        if self._forgetting is not None:
+            values[FORGETTING] = self._forgotten(policy, self._forgetting)
+        if self._spread is not None:
+            values |= self._spread(images.float() / 255, self._config.images_per_prompt)
         if self._config.ode and policy.schedule.stochastic_steps:
             noise_free, _ = self._measure(policy.noise_free, reward, heldout, epoch=epoch, label="evaluating (ODE)")
             values |= {f"ode/{name}": value for name, value in noise_free.items()}
@@ -267,6 +278,19 @@ class Evaluator:
             name = "pixel_diversity" if "diversity" in values else "diversity"  # a reward may be called so
             values[name] = diversity(images.float() / 255, self._config.images_per_prompt)
         return values, images
+
+    def _forgotten(self, policy: Policy, forgetting: Forgetting) -> Tensor:
+        """The denoising loss of what the pretrained model makes, (E,)."""
+        ranks = [self.batches(rank, self._processes.count) for rank in range(self._processes.count)]
+        own, most = ranks[self._processes.rank], max(map(len, ranks))
+        found = []
+        for indices in self._progress.track([*own, *[range(0)] * (most - len(own))], "evaluating (forgetting)"):
+            self._processes.safe_point("evaluation")
+            chosen = [self.prompts[i] for i in indices or range(1)]
+            condition = policy.encode([one.text for one in chosen], [one.metadata for one in chosen])
+            losses = forgetting(policy, condition, self.seeds(indices or range(1)))
+            found.append(losses[: len(indices)])
+        return self._processes.gather(torch.cat(found))
 
     def _sample(self, policy: Policy, indices: range, *, videos: bool) -> tuple[Tensor, Samples, dict[str, Tensor]]:
         """Images of some of the set, what they were decoded from, and their path KL where it was measured."""

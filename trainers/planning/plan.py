@@ -73,6 +73,10 @@ class BatchPlan:
         rows_known: Whether the rows are exact; else upper bounds.
         critic_states: States that a critic is asked about and fitted to per epoch, over all processes; 0 without one.
         critic_updates: Its optimizer steps per epoch.
+        denoising_rows: Denoiser rows with backward pass per epoch, over all processes, of the denoising loss on what
+            the model at the start could make; 0 without it.
+        start_rows: Denoiser rows once, over all processes: samples of the model at the start, and its Fisher
+            information.
         curvature_rows: Denoiser rows per epoch, over all processes, at most, of a trust region: with a backward pass of
             its Fisher products, without one of its looks at how far a step has moved the policy; 0 without one.
     """
@@ -109,6 +113,8 @@ class BatchPlan:
     rows_known: bool = True
     critic_states: int = 0
     critic_updates: int = 0
+    denoising_rows: int = 0
+    start_rows: int = 0
     curvature_rows: int = 0
 
     @property
@@ -132,7 +138,8 @@ class BatchPlan:
     @property
     def denoiser_rows_per_epoch(self) -> int:
         """All rows through the network per epoch, over all processes."""
-        return self.sampling_rows + self.training_rows + self.reference_rows + self.curvature_rows
+        own = self.sampling_rows + self.training_rows + self.reference_rows
+        return own + self.curvature_rows + self.denoising_rows
 
     def _critic(self) -> list[tuple[str, str]]:
         """A row of the table, where there is a critic."""
@@ -141,6 +148,12 @@ class BatchPlan:
         asked, fitted = self.images_per_epoch * self.num_steps, self.images_per_epoch
         text = f"{asked:,} states valued, {_count(self.critic_updates, 'update')} of {_count(fitted, 'state')}"
         return [("critic", f"{self.critic_states:,} states per epoch = {text}")]
+
+    def _once(self) -> list[tuple[str, str]]:
+        """A row of the table, where something is made before the first epoch."""
+        if not self.start_rows:
+            return []
+        return [("", f"and {self.start_rows:,} once, before the first epoch, for what holds the weights to the start")]
 
     def describe(self, *, shown: "BatchPlan | None" = None) -> str:
         """A table for people, without a final newline.
@@ -173,8 +186,10 @@ class BatchPlan:
                 "denoiser rows",
                 f"{rows_bound}{self.denoiser_rows_per_epoch:,} per epoch = {self.sampling_rows:,} sampling"
                 f" + {self.training_rows:,} training + {self.reference_rows:,} reference"
+                + (f" + {self.denoising_rows:,} denoising" if self.denoising_rows else "")
                 + (f" + up to {self.curvature_rows:,} Fisher products and steps tried" if self.curvature_rows else ""),
             ),
+            *self._once(),
             *self._critic(),
             (
                 "run",
@@ -295,6 +310,8 @@ def make_plan(
         rows_known=not demand.varies and config.steer is None and (config.weighs_kl or not demand.spares),
         critic_states=critic_states(config),
         critic_updates=config.critic.updates_per_epoch if config.critic.is_on else 0,
+        denoising_rows=demand.updates * demand.passes * _denoising_batch(config),
+        start_rows=config.regularization.own_samples * config.sampler.num_steps + config.regularization.fisher_rows,
         curvature_rows=_curvature_rows(config, shares, branches=trained_branches),
     )
 
@@ -312,6 +329,11 @@ def _curvature_rows(config: Config, shares: Sequence[int], *, branches: int) -> 
     looks = 2 + region.backtracks  # before the step, the whole step, shorter ones
     rows = products + looks * (2 if config.weighs_kl else 1)
     return units * config.demand.passes * rows * branches
+
+
+def _denoising_batch(config: Config) -> int:
+    options = config.regularization.denoising
+    return options.batch_size if options.strength else 0
 
 
 def critic_states(config: Config) -> int:

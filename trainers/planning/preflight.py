@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ddpo.pipeline.input_images import check_image
 from ddpo.pipeline.unloadable import check_single_file, check_weights
+from ddpo.validation import UserError as PictureError
 from ddpo.validation import within
 from rewards import RewardTerm
 from rewards.base import UserError
@@ -16,6 +18,7 @@ from rewards.registry import find
 from rewards.requirements import check_requirements, reported_name
 from trainers.config import Config
 from trainers.config.errors import ConfigError
+from trainers.offline.captioned import read_captioned
 from trainers.offline.read import images_of, load_judged
 from trainers.planning.architectures import INDEX, read_classes
 from trainers.planning.plan import BatchPlan, check_judged, check_whole_groups, expected_plan
@@ -46,6 +49,8 @@ def preflight(config: Config, *, num_processes: int, here: bool = True, resumed:
     check_reward_gradient(config)
     check_reward_processes(config)
     check_trackers(config)
+    check_spread(config)
+    check_regularization(config)
     if resumed is None:
         check_folder("run.output_dir", config.run.folder)
     else:
@@ -217,6 +222,29 @@ def check_reward_processes(config: Config) -> None:
                 f"reward_processes: {other.shown} and {term.shown} would both be served as {_reported(term)!r}, with "
                 f"other options; give one of them a label"
             )
+
+
+def check_spread(config: Config) -> None:
+    """Refuses an embedding for evaluations that is unknown, or whose packages are missing."""
+    if config.evaluation.spread is None:
+        return
+    try:
+        check_requirements("diversity", {"embedding": config.evaluation.spread})
+    except UserError as error:
+        raise ConfigError(f"evaluation.spread: {error}") from error
+
+
+def check_regularization(config: Config) -> None:
+    """Refuses a folder for the denoising loss that is missing, has no image, or one without a caption."""
+    folder = config.regularization.denoising.images
+    if folder is None:
+        return
+    try:
+        entries = read_captioned(folder)
+        for image, _ in entries:
+            check_image(image)
+    except PictureError as error:
+        raise ConfigError(f"regularization.denoising.images: {error}") from error
 
 
 def check_trackers(config: Config) -> None:

@@ -26,6 +26,9 @@ from trainers.run_folder.reward_record import REWARDS
 
 ACCEPT = "evaluations"
 
+START = "start"
+"""Folder of what was made of the weights at the start, before anything was trained."""
+
 
 def mend(run: RunFolder, *, done: int | None, accept: Collection[str] = ()) -> list[str]:
     """Puts the files of a run in order, on the main process.
@@ -67,7 +70,8 @@ def _noted_anew(run: Path) -> str:
 
 def _start_over(run: RunFolder) -> None:
     """Removes what a run without anything to go on from has recorded: prompts, rewards and model may change."""
-    names = (PROMPTS, REWARDS, MODEL)
+    of_start = [name for name in ledger.recorded(run.path) if name.startswith(f"{START}/")]
+    names = (PROMPTS, REWARDS, MODEL, *of_start)
     ledger.forget(run.path, *names)
     for name in names:
         (run.path / name).unlink(missing_ok=True)
@@ -85,6 +89,10 @@ def _mended(run: RunFolder, name: str, reason: str, *, done: int, accept: Collec
     if name.startswith("evaluations/") and epoch is not None and (epoch in (0, done) or epoch > done):
         run.discard_evaluation(epoch)
         return f"warning: {reason}: " + ("it is made again" if epoch <= done else "a later epoch's, removed")
+    if name.startswith(f"{START}/"):
+        path.unlink(missing_ok=True)
+        ledger.forget(run.path, name)
+        return f"warning: {reason}: it is made again"
     if name == ENVIRONMENT or (is_small(name) and name.startswith("evaluations/")):  # nothing reads them back
         ledger.forget(run.path, name)
         return f"warning: {reason}, and no checkpoint has a copy"

@@ -46,7 +46,7 @@ class Parts:
         adapter: LoRA weights in float32; 0 with full fine-tuning.
         gradients: Of the trained weights, float32.
         optimizer: AdamW's averages, or the diagonal that a trust region keeps.
-        averaged: The moving averages of the trained weights.
+        averaged: Copies of the trained weights: moving averages, the start, its Fisher information.
         text_encoders: Of all text encoders.
         vae: The VAE.
         trajectories: Latents of an epoch, and prompt embeddings of each of its samples.
@@ -201,7 +201,7 @@ class _Simulation:
             adapter=0 if full else weights // shares,
             gradients=weights // shares,
             optimizer=moments // shares,
-            averaged=(weights // shares) * ((config.optimizer.ema_decay > 0) + (config.demand.old_policy is not None)),
+            averaged=(weights // shares) * _copies(config),
             text_encoders=self._blueprint.encoder_parameters * size,
             vae=0 if vae is None else sum(parameter.numel() for parameter in vae.parameters()) * size,
             trajectories=states + samples * embeddings * self._branches(guided=True),
@@ -364,12 +364,20 @@ def _assemble(
         "training": rows * costs["training"].flops
         + chains * demand.decodes * costs["decoding with gradient"].flops
         + prepared * costs["preparing"].flops
+        + plan.denoising_rows * costs["training"].flops // (plan.branches if demand.guidance else 1)
         + (0 if prepare is None else plan.images_per_epoch * prepare.decodes * costs["decoding with gradient"].flops),
     }
     if plan.critic_states:
         fitted = plan.images_per_epoch * plan.critic_updates
         flops["critic"] = (plan.critic_states - fitted) * critic.value.flops + fitted * critic.fit.flops
     return Estimate(parts=parts, phases=phases, per_sample=per_sample, flops=flops, plan=plan)
+
+
+def _copies(config: Config) -> int:
+    """Copies of the trained weights that are kept: averages, the start, and its Fisher information."""
+    options = config.regularization
+    averages = (config.optimizer.ema_decay > 0) + (config.demand.old_policy is not None)
+    return averages + options.is_on + (options.ewc.strength > 0)
 
 
 def _training_bytes(config: Config, plan: BatchPlan, latents: Latents, costs: Mapping[str, Cost], *, calls: int) -> int:
