@@ -114,9 +114,10 @@ def test_pages_of_the_site_link_to_pages_of_the_site_alone():
 
 def test_the_check_sees_a_missing_page_and_a_missing_heading():
     text = (
-        "# One\n[a](#one) [b](#two) [c](training.md#algorithms) [d](training.md#algoritms) [e](none.md) `[f](none.md)`"
+        "# One\n[a](#one) [b](#two) [c](training.md#algorithms) [d](training.md#no-such-heading) "
+        "[e](none.md) `[f](none.md)`"
     )
-    assert list(broken(DOCS / "new.md", text)) == ["#two", "training.md#algoritms", "none.md"]
+    assert list(broken(DOCS / "new.md", text)) == ["#two", "training.md#no-such-heading", "none.md"]
 
 
 @pytest.mark.parametrize("package", [ddpo, rewards, config], ids=lambda package: package.__name__)
