@@ -24,6 +24,7 @@ from rewards.builtin.shapes.scene import parse
 SIZE = 128
 PROMPT = 'a photo of an Egyptian cat next to a sign that says "open"'
 _FOLDER = Path(__file__).with_name("pictures")
+_FRAMES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ ORDERINGS: dict[str, tuple[Ordering, ...]] = {
     "shapes": _SHAPES,
     "shapes_strict": _SHAPES,
     "shapes_partial": _SHAPES,
+    "motion_smoothness": (Ordering(better="flat", worse="cat"), Ordering(better="cat", worse="noise")),
 }
 METADATA: dict[str, Metadata] = {"geneval": {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}}
 PROMPTS = dict.fromkeys(("shapes", "shapes_strict", "shapes_partial"), "a red circle")
@@ -115,6 +117,12 @@ def sample(name: str) -> Tensor:
         raise ValueError(f"there is no sample {name!r}; known: {', '.join(_MAKERS)}")
     pixels = np.asarray(_MAKERS[name]().convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def shot(name: str) -> Tensor:
+    """A video `(1, 9, 3, 128, 128)` of that picture, which moves to the right by two pixels a frame, and round."""
+    picture = sample(name)
+    return torch.stack([picture.roll(2 * frame, dims=-1) for frame in range(_FRAMES)], dim=1)
 
 
 def sample_names() -> tuple[str, ...]:

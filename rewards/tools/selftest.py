@@ -11,8 +11,8 @@
 Tolerances are relative to the spread of the scores over the sample pictures, since rewards have no common unit. Along
 its own gradient g a smooth score rises by |g| per unit of length: (r(x + h g/|g|) - r(x - h g/|g|)) / 2h = |g|. Several
 h are tried, as a large one meets curvature and a small one rounding; the slopes of a score with steps lie on both sides
-of |g|. For a reward that compares the images of a group,
-the sample pictures are one group, `alone` is a group alone, and a pair is ordered beside the ordering's other pictures.
+of |g|. For a reward that compares the images of a group, the sample pictures are one group, `alone` is a group alone,
+and a pair is ordered beside the ordering's other pictures. A reward on videos is given the sample pictures in motion.
 Legend: `N` samples.
 """
 
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from rewards.base import Metadata, RewardError
+from rewards.frames import MIDDLE
 from rewards.registry import resolve
 from rewards.reward import Reward
-from rewards.tools.samples import METADATA, ORDERINGS, PROMPT, PROMPTS, Ordering, sample
+from rewards.tools.samples import METADATA, ORDERINGS, PROMPT, PROMPTS, Ordering, sample, shot
 
 NAMES = ("cat", "coffee", "noise", "cat_blurred", "text", "circle", "red", "cat_mirrored")
 BATCH_TOLERANCE = 1e-3
@@ -119,7 +120,7 @@ def check(reward: Reward, *, prompt: str | None = None, orderings: Sequence[Orde
         RewardError: The reward fails on a sample picture.
     """
     text = prompt or PROMPTS.get(reward.name, PROMPT)
-    pictures = torch.cat([sample(name) for name in NAMES])
+    pictures = torch.cat([_sample(reward, name) for name in NAMES])
     prompts = [text] * len(NAMES)
     scores = _score(reward, pictures, prompts)
     unit = max(float(scores.max() - scores.min()), 1e-12)
@@ -134,6 +135,11 @@ def check(reward: Reward, *, prompt: str | None = None, orderings: Sequence[Orde
         _gradient(reward, *((pictures, prompts) if reward.groupwise else (pictures[:1], prompts[:1]))),
     )
     return Report(name=reward.name, findings=findings, images_per_second=_speed(reward, pictures, prompts))
+
+
+def _sample(reward: Reward, name: str) -> Tensor:
+    """A picture, or for a reward on videos a shot of it."""
+    return sample(name) if reward.frames == MIDDLE else shot(name)
 
 
 def _score(reward: Reward, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -158,10 +164,12 @@ def _order(reward: Reward, orderings: Sequence[Ordering]) -> Finding:
     for pair in orderings:
         if reward.groupwise:
             names = (pair.better, pair.worse, *pair.others)
-            together = _score(reward, torch.cat([sample(name) for name in names]), [pair.prompt] * len(names))
+            together = _score(reward, torch.cat([_sample(reward, name) for name in names]), [pair.prompt] * len(names))
             better, worse = together[:2].tolist()
         else:
-            better, worse = (_score(reward, sample(name), [pair.prompt]).item() for name in (pair.better, pair.worse))
+            better, worse = (
+                _score(reward, _sample(reward, name), [pair.prompt]).item() for name in (pair.better, pair.worse)
+            )
         if not better > worse:
             wrong.append(f"{pair.better} {better:.4g} <= {pair.worse} {worse:.4g} for {pair.prompt!r}")
     detail = "; ".join(wrong) or f"{len(orderings)} of {len(orderings)}"
@@ -171,7 +179,7 @@ def _order(reward: Reward, orderings: Sequence[Ordering]) -> Finding:
 def _batch(reward: Reward, pictures: Tensor, prompts: list[str], scores: Tensor, unit: float) -> Finding:
     if reward.groupwise:
         joined = reward(
-            pictures.repeat(2, 1, 1, 1), prompts * 2, _metadata(reward, 2 * len(prompts)), _two_groups(len(prompts))
+            torch.cat([pictures, pictures]), prompts * 2, _metadata(reward, 2 * len(prompts)), _two_groups(len(prompts))
         )
         error = float((joined.total - scores.repeat(2)).abs().max()) / unit
         return Finding(check="batch", passed=error <= BATCH_TOLERANCE, detail=f"{error:.0e}")
@@ -233,7 +241,7 @@ def _slope(reward: Reward, pixels: Tensor, prompts: list[str], direction: Tensor
 
 
 def _speed(reward: Reward, pictures: Tensor, prompts: list[str]) -> float:
-    batch = pictures.repeat(-(-_SPEED_IMAGES // len(pictures)), 1, 1, 1)[:_SPEED_IMAGES]
+    batch = pictures[torch.arange(_SPEED_IMAGES) % len(pictures)]
     texts = [prompts[0]] * len(batch)
     start = time.perf_counter()
     _score(reward, batch, texts)

@@ -37,7 +37,7 @@ SECTIONS = {
     "3. Finite decision processes": ("tabular",),
     "4. Sampling as control": ("diffusion", "elbo", "soft_value", "double_well", "score_matching", "soc"),
     "5. The exact chain": ("samplers", "chain", "steering"),
-    "6. The gradient": ("gradient", "advantages", "kl", "critic"),
+    "6. The gradient": ("gradient", "advantages", "kl", "critic", "natural gradient"),
     "7. The trainer against the optimum": ("trainer", "clean_sample", "preference", "reward gradient", "adjoint"),
     "8. Your model": ("policy",),
 }

@@ -11,7 +11,7 @@ from rewards.tools.samples import ORDERINGS, SIZE, Ordering, sample, sample_name
 from rewards.tools.selftest import check, selftest
 from trainers.cli import main
 
-COMPOSITE = {"chebyshev", "geometric", "remote", "rank", "win_rate", "straight_through"}
+COMPOSITE = {"chebyshev", "geometric", "remote", "rank", "win_rate", "straight_through", "framewise"}
 FITTED = {"learned"}
 WITH_WEIGHTS = {
     "clip_score", "aesthetic", "hpsv2", "pickscore", "siglip_score", "aesthetic_v2_5", "imagereward", "safety",
