@@ -71,7 +71,7 @@ def report(runs: dict[str, list[Path]], *, minutes: float) -> str:
 
 
 def chain() -> str:
-    """Updates until the missing share of the reachable J is below a bar, on the affine chain."""
+    """Updates until the missing share of the reachable J is below a bar, on the affine chain; J with shared weights."""
     wide = OptimizerConfig(kind="natural_gradient", radius=0.02, fisher_fraction=1.0, cg_iterations=20, damping=0.01)
     diagonal = OptimizerConfig(kind="natural_gradient", radius=0.01, preconditioner="diagonal")
     kinds = {
@@ -84,7 +84,20 @@ def chain() -> str:
     bars = (0.2, 0.1, 0.05, 0.02)
     gaps = {name: course(*kind)[0] for name, kind in kinds.items()}
     rows = [(name, *(str(first(found, bar) or "-") for bar in bars)) for name, found in gaps.items()]
-    return table(("optimizer", *(f"{bar:g}" for bar in bars)), rows, right=True)
+    shared = {
+        "TRPO, radius .05": OptimizerConfig(kind="trpo", radius=0.05),
+        "TRPO, radius .01": OptimizerConfig(kind="trpo", radius=0.01),
+        **{f"AdamW, rate {rate:g}": adamw(rate) for rate in RATES},
+    }
+    values = {name: course(kind, 8, "shared")[0] for name, kind in shared.items()}
+    after = (1, 2, 3, 4, 8)
+    others = [(name, *(f"{found[number - 1]:.3f}" for number in after)) for name, found in values.items()]
+    return "\n\n".join(
+        [
+            table(("updates to a gap of", *(f"{bar:g}" for bar in bars)), rows, right=True),
+            table(("J with shared weights after", *map(str, after)), others, right=True),
+        ]
+    )
 
 
 def main() -> None:

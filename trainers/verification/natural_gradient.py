@@ -29,7 +29,6 @@ REGION = OptimizerConfig(kind="natural_gradient", radius=RADIUS)
 TRPO = OptimizerConfig(kind="trpo", radius=RADIUS)
 RATES = (0.05, 0.1)
 UPDATES, ADAMW_UPDATES, BAR = 8, 24, 0.05
-EARLY, WIDE = 2, 0.05
 
 
 def adamw(rate: float) -> OptimizerConfig:
@@ -72,14 +71,6 @@ def check_updates() -> Iterator[Measurement]:
         found = first(course(options, UPDATES)[0], BAR)
         yield Measurement(name=f"{name}: updates to gap {BAR}", exact=f"below AdamW's {fastest}", obtained=str(found),
                           error=(found or ADAMW_UPDATES) / fastest, tolerance=0.5)  # fmt: skip
-
-
-def check_shared() -> Iterator[Measurement]:
-    """Where all steps share their weights, as in a real network: J after the first updates, which are the longest."""
-    best = max(course(adamw(rate), EARLY, "shared")[0][-1] for rate in RATES)
-    found = course(replace(TRPO, radius=WIDE), EARLY, "shared")[0][-1]
-    yield Measurement(name=f"shared weights, radius {WIDE}: J after {EARLY} updates", exact=f"above AdamW's {best:.4f}",
-                      obtained=f"{found:.4f}", error=best - found, tolerance=0.0)  # fmt: skip
 
 
 def check_length() -> Iterator[Measurement]:
@@ -170,6 +161,4 @@ CHECKS = (
           claim="The trainer's updates move a network's steps by the radius."),
     Check(name="updates", group="natural gradient", level="full", run=check_updates,
           claim="It comes near the closed-form optimum in at most half of AdamW's updates."),
-    Check(name="shared weights", group="natural gradient", level="full", run=check_shared,
-          claim="Where all steps share their weights it is ahead of AdamW after the first updates."),
 )  # fmt: skip
