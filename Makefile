@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 # The tests use one thread each; a file's tests share what they build.
 PYTEST_ARGS ?= --numprocesses logical --maxprocesses 4 --dist loadfile
-CODE := ddpo rewards trainers scripts benchmarks tests
+CODE := ddpo rewards trainers scripts benchmarks tests examples
 
 demo: install
 	$(BIN)/ddpo train configs/shapes_ppo.yaml

@@ -47,7 +47,7 @@ from trainers.run_folder.model_record import pinned
 from trainers.run_folder.python_runs import as_saved, objects_of, read_prompts, with_policy
 from trainers.run_folder.records import copy_records
 from trainers.run_folder.resume import Resume
-from trainers.scoring.loading import load_heldout
+from trainers.scoring.loading import load_heldout, load_total
 from trainers.scoring.scorer import scoring_threads
 from trainers.session import Loaded, Session, create_run, make_session, prepare, restore
 from trainers.tracking.metrics import Stopwatch
@@ -75,8 +75,8 @@ def train(
     Args:
         policy: From `Policy.from_pretrained`; its sampler, adapter, precision and source go into the configuration.
         reward: A registered name, `file.py:name`, a function `(images, prompts, metadata) -> (B,)`, a list of these,
-            summed, or a `WeightedSum` with weights; takes the place of the configuration's. None with `config.offline`,
-            for no reward.
+            summed, or a `WeightedSum` with weights; takes the place of the configuration's. Default `config.rewards`;
+            with `config.offline` there may be none.
         prompts: Training prompts, texts or dictionaries as in a file; also the evaluation's, unless
             `config.evaluation.prompts` says otherwise. Default `config.prompts`. With `config.offline` only the
             evaluation's.
@@ -121,9 +121,9 @@ def _from_objects(
         raise UserError("reward_processes needs rewards by name, from a configuration; train() computes them itself")
     config, texts = read_prompts(config, prompts)
     evaluated = texts if config.evaluation.prompts is None else load_prompts(config.evaluation.prompts)
-    if reward is None and config.offline is None:
-        raise UserError("train() needs a reward, but for config.offline: images that were judged already")
-    total = WeightedSum((), rewards=()) if reward is None else _as_sum(reward, policy.device)
+    if reward is None and not config.terms and config.offline is None:
+        raise UserError("train() needs reward= or config.rewards, but for config.offline: images judged already")
+    total = load_total(config, str(policy.device)) if reward is None else _as_sum(reward, policy.device)
     heldout = heldout or load_heldout(config, str(policy.device))
     config = replace(config, rewards=total.terms, heldout_rewards=() if heldout is None else heldout.terms)
     if config.terms != config.rewards:

@@ -253,7 +253,7 @@ def test_likes_are_learnt_from_python_without_a_reward(tmp_path: Path) -> None:
     rows = read_metrics(train(policy, prompts=["a cat"], config=config))
     assert rows[0]["policy/utility"] == 0.5 and rows[-1]["policy/utility"] > 0.5
     assert rows[-1]["policy/liked_error_change"] < rows[-1]["policy/disliked_error_change"]
-    with pytest.raises(UserError, match="train\\(\\) needs a reward, but for config.offline"):
+    with pytest.raises(UserError, match=r"train\(\) needs reward= or config.rewards, but for"):
         train(
             policy,
             prompts=["a cat"],

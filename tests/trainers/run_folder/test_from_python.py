@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ddpo import FullConfig, LoraConfig, Policy, SamplerConfig
+from ddpo.validation import UserError
 from rewards import RewardTerm, WeightedSum, as_reward, registry, resolve
 from rewards.builtin.color import brightness
 from tests.tiny import tiny_stable_diffusion
@@ -205,6 +206,20 @@ def test_a_run_goes_on_from_python_with_its_own_configuration(model: Path, tmp_p
     assert [row["epoch"] for row in read_metrics(run)] == [1, 2]
     train(loaded(model), reward=dark, prompts=PROMPTS, resume=run)
     assert load_config(run / "config.yaml").epochs == 2
+
+
+def test_the_rewards_of_the_configuration_are_taken_where_none_are_given(model: Path, tmp_path: Path) -> None:
+    terms = (RewardTerm(name="brightness", weight=2.0), RewardTerm(name="redness", weight=-1.0))
+    runs = [
+        train(loaded(model), reward=reward, prompts=PROMPTS, config=small(tmp_path / folder, rewards=terms))
+        for folder, reward in (("named", None), ("given", WeightedSum(terms)))
+    ]
+    rows = [read_metrics(run)[0] for run in runs]
+    assert rows[0]["reward/mean"] == rows[1]["reward/mean"]
+    assert rows[0]["reward/mean"] == pytest.approx(2 * rows[0]["reward/brightness"] - rows[0]["reward/redness"])
+    assert all(load_config(run / "config.yaml").rewards == terms for run in runs)
+    with pytest.raises(UserError, match="needs reward= or config.rewards"):
+        train(loaded(model), prompts=PROMPTS, config=small(tmp_path / "none"))
 
 
 def test_a_run_whose_checkpoints_are_gone_is_refused_from_python_too(model: Path, tmp_path: Path) -> None:
