@@ -59,6 +59,25 @@ def test_the_installed_commands_and_configurations_are_the_wheels(installed):
     assert re.match(r"ddpo \d+\.\d+\.\d+", installed("--version"))
 
 
+def test_the_version_is_the_newest_tag_that_is_one(tmp_path):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
+    asked = "import hatchling.metadata.core as m, hatchling.plugin.manager as p"
+    run(*git, "init", "--quiet", cwd=tmp_path)
+    run(*git, "add", ".", cwd=tmp_path)
+    run(*git, "commit", "--quiet", "--message", "one", cwd=tmp_path)
+    versions = []
+    for tag in ("before-the-release", "v0.3.0", "v2-draft", "green"):
+        run(*git, "tag", tag, cwd=tmp_path)
+        versions.append(
+            run(
+                sys.executable, "-c", f"{asked}; print(m.ProjectMetadata('.', p.PluginManager()).version)", cwd=tmp_path
+            ).strip()
+        )
+    assert versions[0].startswith("0.") and versions[1:] == ["0.3.0"] * 3
+
+
 def test_the_installed_demo_trains_its_shipped_pipeline_from_an_empty_folder(installed):
     small = ("--epochs", "1", "--batch.samples_per_epoch", "8", "--batch.group_size", "4", "--sampler.num_steps", "2")
     small += ("--evaluation.num_prompts", "2", "--evaluation.images_per_prompt", "1", "--run.name", "demo")
